@@ -1,0 +1,68 @@
+# nondecoupling: both experiments of arXiv 2601.07389, reproduced. `make` alone prints the targets.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PROFILE ?= nano
+SEEDS   ?=
+DATA    ?=
+MODEL   ?=
+SET     ?=
+JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
+
+# The active conda environment of environment.yml, or a .venv made from requirements.lock.
+ifeq ($(CONDA_DEFAULT_ENV),nondecoupling)
+PYTHON := python
+READY  :=
+else
+PYTHON := .venv/bin/python
+READY  := .venv/.ready
+endif
+
+STUDY   = --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set '$(SET)' --seeds "$(SEEDS)"
+EXECUTE = $(PYTHON) -m nondecoupling.execute
+TESTS   = $(PYTHON) -m pytest -q
+
+.PHONY: help setup reproduce list lab test lint verify report notebooks clean
+
+help: ## print the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+	@echo
+	@echo '  options: PROFILE=nano  SEEDS=0-4  JOBS=2  DATA=folder of CoLA TSV files  MODEL=folder of a causal LM'
+	@echo '           SET="rl.beta=0.25 sft.steps=100" (every setting of src/nondecoupling/profiles/nano.yaml)'
+
+setup: $(READY) ## create .venv from requirements.lock (all other targets do it by themselves)
+
+.venv/.ready: requirements.lock pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -e .
+	@touch $@
+
+reproduce: $(READY) ## run the study: data, base model, both experiments for every seed, claims, report
+	@$(EXECUTE) reproduce $(STUDY) --jobs $(JOBS)
+
+list: $(READY) ## list the study's runs with their state and files
+	@$(EXECUTE) list $(STUDY)
+
+report: $(READY) ## write results/<study>/report.html from the finished study
+	@$(EXECUTE) report $(STUDY)
+
+verify: $(READY) ## compare the finished study with the committed reference, claim by claim
+	@$(EXECUTE) verify $(STUDY)
+
+lab: $(READY) ## open JupyterLab on the notebooks
+	@$(PYTHON) -m jupyterlab notebooks
+
+test: lint ## lint, unit tests, and every notebook re-executed and compared (nbval)
+	$(TESTS)
+
+lint: $(READY) ## ruff and mypy
+	$(PYTHON) -m ruff check src tests
+	$(PYTHON) -m ruff format --check src tests
+	$(PYTHON) -m mypy
+
+notebooks: $(READY) ## maintainers: re-execute the committed notebooks in place, outputs included
+	$(PYTHON) tests/refresh_notebooks.py
+
+clean: ## remove the study's results (never the committed reference)
+	@$(EXECUTE) clean $(STUDY)

@@ -1,0 +1,62 @@
+"""Tokenizers, base models and policies: one way to load each, and one to save."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from nondecoupling.profile import Adaptation
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in folder ``base``; ValueError unless it has a chat template, an end-of-turn and a pad token."""
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    for need in ("chat_template", "eos_token", "pad_token"):
+        if getattr(tokenizer, need) is None:
+            raise ValueError(f"The tokenizer in {base} has no {need}; choose a chat model, or add one to its folder.")
+    return tokenizer
+
+
+def load_base(base: Path) -> PreTrainedModel:
+    """The causal language model in folder ``base``, in float32."""
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+
+
+def start_policy(base: Path, parent: Path | None, adaptation: Adaptation, seed: int) -> PreTrainedModel | PeftModel:
+    """A trainable policy that equals the parent's: the base model where ``parent`` is None.
+
+    With LoRA the base's weights stay frozen and one adapter is trained on through all stages; it is never merged,
+    because merging rounds the weights. ``seed`` initialises a fresh adapter (which starts as the identity).
+    """
+    if parent is not None and (parent / ADAPTER_FILE).exists() != (adaptation.method == "lora"):
+        raise ValueError(f"The policy in {parent} was not trained with adaptation.method={adaptation.method}.")
+    if adaptation.method == "full":
+        return load_base(parent or base)
+    if parent is not None:
+        return PeftModel.from_pretrained(load_base(base), parent, is_trainable=True)
+    set_seed(seed)
+    config = LoraConfig(
+        r=adaptation.rank,
+        lora_alpha=adaptation.alpha,
+        lora_dropout=0.0,  # dropout would make the sampled policy differ from the trained one
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(load_base(base), config)
+
+
+def save_policy(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Write the adapter (LoRA) or all weights (full) to ``folder`` as safetensors."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, selected_adapters=["default"])  # not the frozen copy that serves as reference
+    else:
+        model.save_pretrained(folder)
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)

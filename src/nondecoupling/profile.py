@@ -1,0 +1,272 @@
+"""Profiles: every number of a study, validated before anything runs.
+
+A *profile* is a YAML file in ``profiles/``; a *study* is a profile plus what the user changed (``DATA=``,
+``MODEL=``, ``SET=``, see the Makefile). Nothing else in the project reads YAML.
+"""
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PROFILES = Path(__file__).parent / "profiles"
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of a profile: no unknown keys, no silent conversions, no changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Data(Section):
+    """Where sentences come from. ``folder`` (CoLA's TSV files) wins over the generated corpus."""
+
+    folder: str | None
+    train_size: Count
+    dev_size: Count
+    disagreement: Annotated[float, Field(ge=0, lt=0.5)]
+    seed: int
+
+
+class Prompt(Section):
+    """The question and its two answers."""
+
+    template: Annotated[str, Field(pattern=r"\{sentence\}")]
+    acceptable: Annotated[str, Field(min_length=1)]
+    unacceptable: Annotated[str, Field(min_length=1)]
+
+
+class Adaptation(Section):
+    """Which weights a stage trains: a LoRA adapter on every linear layer, or all of them."""
+
+    method: Literal["lora", "full"]
+    rank: Count
+    alpha: Count
+
+
+class Model(Section):
+    """The base model. ``folder`` is a causal LM with a chat template; empty means: pretrain one here."""
+
+    folder: str | None
+
+
+class Pretrain(Section):
+    """The embedded base model: shape, optimisation, and the held-out probe that ends pretraining."""
+
+    vocabulary: Count
+    hidden_size: Count
+    layers: Count
+    head_size: Count
+    intermediate_size: Count
+    corpus_size: Count
+    plain_text_share: Share
+    prompt_weight: Share
+    batch_size: Count
+    learning_rate: Positive
+    max_steps: Count
+    probe_size: Count
+    probe_every: Count
+    probe_target: Share
+    seed: int
+
+
+class Sft(Section):
+    """Supervised fine-tuning (trl's SFTTrainer), loss on the response only."""
+
+    steps: Count
+    batch_size: Count
+    learning_rate: Positive
+    warmup_share: Share
+    schedule: Literal["constant", "linear", "cosine"]
+
+
+class Rl(Section):
+    """Reinforcement learning (trl's GRPOTrainer) of E[r] - beta KL(p | start of the stage)."""
+
+    steps: Count
+    prompts_per_step: Count
+    answers_per_prompt: Annotated[int, Field(ge=2)]
+    learning_rate: Positive
+    warmup_share: Share
+    schedule: Literal["constant", "linear", "cosine"]
+    beta: Annotated[float, Field(ge=0)]
+    normalisation: Literal["none", "group"]
+    reward: Literal["strict", "robust"]
+    max_new_tokens: Count
+
+
+class Evaluation(Section):
+    """How policies are measured."""
+
+    points: Annotated[int, Field(ge=2)]
+    train_size: Count
+    batch_size: Count
+    seed: int
+
+
+class Run(Section):
+    """One stage of the plan: ``name`` = ``stage`` applied to the policy of ``parent``."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    stage: Literal["sft", "rl"]
+    parent: str
+    overrides: dict[str, Any] = {}
+
+
+class Profile(Section):
+    """A whole study, as written in ``profiles/<name>.yaml``."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+$")]
+    seeds: str
+    data: Data
+    prompt: Prompt
+    model: Model
+    adaptation: Adaptation
+    pretrain: Pretrain
+    sft: Sft
+    rl: Rl
+    evaluation: Evaluation
+    runs: list[Run]
+
+    @model_validator(mode="after")
+    def runs_form_a_graph(self) -> "Profile":
+        known = ["base"]
+        for run in self.runs:
+            if run.name in [*known, "data"]:
+                raise ValueError(f"run '{run.name}' is listed twice or uses a reserved name")
+            if run.parent not in known:
+                raise ValueError(f"run '{run.name}' starts from '{run.parent}', which is not listed above it")
+            known.append(run.name)
+        return self
+
+
+class Study(Section):
+    """A profile as it will be run, and the name of its folder under ``results/``."""
+
+    name: str
+    profile: Profile
+
+    def run(self, name: str) -> Run:
+        """The plan's entry for ``name``; ValueError names the nearest run if there is none."""
+        names = [run.name for run in self.profile.runs]
+        if name not in names:
+            raise ValueError(f"The plan of '{self.name}' has no run '{name}'{nearest(name, names)}.")
+        return self.profile.runs[names.index(name)]
+
+    def for_run(self, name: str) -> Profile:
+        """The profile with the overrides of run ``name`` applied."""
+        return with_overrides(self.profile, self.run(name).overrides)
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """``" (did you mean 'x'?)"`` for the closest candidate, else the list of candidates."""
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else f" (there is {', '.join(candidates)})"
+
+
+def load_study(
+    profile: str = "nano", data: str = "", model: str = "", overrides: dict[str, Any] | None = None
+) -> Study:
+    """Load profile ``profile`` and apply the user's changes.
+
+    ``data`` is a folder of CoLA-shaped TSV files, ``model`` a folder with a causal LM; empty keeps the profile's own.
+    ``overrides`` maps dotted keys to values, e.g. ``{"rl.beta": 0.25}``. Each change becomes part of the study's name,
+    so that results of different studies never share a folder.
+
+    Raises ValueError with one sentence that names the key, what is wrong with it, and the nearest valid name.
+    """
+    available = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    if profile not in available:
+        raise ValueError(f"There is no profile '{profile}'{nearest(profile, available)}.")
+    path = PROFILES / f"{profile}.yaml"
+    loaded = validated(yaml.safe_load(path.read_text(encoding="utf-8")), where=path.name)
+    changes = dict(overrides or {})
+    name = [loaded.name]
+    for key, folder in (("data.folder", data), ("model.folder", model)):
+        if folder:
+            if not Path(folder).is_dir():
+                raise ValueError(f"{key}: '{folder}' is not a folder; give the path of an existing one.")
+            changes[key] = str(Path(folder).resolve())
+            name.append(slug(Path(folder).resolve().name))
+    name += [slug(f"{key}={json.dumps(value)}") for key, value in sorted((overrides or {}).items())]
+    study = Study(name="-".join(name), profile=with_overrides(loaded, changes))
+    for run in study.profile.runs:
+        study.for_run(run.name)  # a run's own overrides are refused now, not hours later
+    return study
+
+
+def slug(text: str) -> str:
+    """``text`` as part of a folder name."""
+    return re.sub(r"[^A-Za-z0-9.=_]+", "_", text).strip("_")
+
+
+def with_overrides(profile: Profile, overrides: dict[str, Any]) -> Profile:
+    """A copy of ``profile`` with dotted keys replaced; ValueError for unknown keys or bad values."""
+    tree = profile.model_dump()
+    for key, value in overrides.items():
+        section, _, field = key.partition(".")
+        names = [f"{name}.{inner}" for name, part in tree.items() if isinstance(part, dict) for inner in part]
+        if key not in names:
+            raise ValueError(f"The profile has no setting '{key}'{nearest(key, names)}.")
+        tree[section][field] = value
+    return validated(tree, where="override")
+
+
+def validated(tree: Any, where: str) -> Profile:
+    """``tree`` as a Profile, or ValueError with one sentence about its first fault."""
+    try:
+        return Profile.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {first_fault(error, tree)}") from None
+
+
+def first_fault(error: ValidationError, tree: Any) -> str:
+    """One sentence for the first fault that pydantic found in ``tree``."""
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        section: Any = Profile
+        for part in fault["loc"][:-1]:
+            section = Run if part == "runs" or isinstance(part, int) else section.model_fields[part].annotation
+        return f"unknown setting '{key}'{nearest(str(fault['loc'][-1]), list(section.model_fields))}"
+    if fault["type"] == "missing":
+        return f"setting '{key}' is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    hint = ""
+    if isinstance(fault["input"], str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", fault["input"]):
+        hint = " (YAML reads 1e-3 as text: write 1.0e-3)"
+    shown = f"'{key}' is {fault['input']!r}: " if key else ""
+    return f"{shown}{message[:1].lower()}{message[1:]}{hint}"
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """``"rl.beta=0.25 sft.steps=100"`` as a dictionary; values are JSON, or plain text where they are not."""
+    overrides: dict[str, Any] = {}
+    for item in text.split():
+        key, equals, value = item.partition("=")
+        if not equals or not value:
+            raise ValueError(f"Cannot read override '{item}': write section.key=value, for example rl.beta=0.25.")
+        try:
+            overrides[key] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[key] = value
+    return overrides
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``"0-4"`` or ``"0,3,7"`` (or both, ``"0-2,7"``) as a sorted list of distinct seeds."""
+    seeds: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"Cannot read seeds '{text}': write 0-4 or 0,3,7.")
+        seeds.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(seeds)

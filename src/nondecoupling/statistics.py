@@ -1,0 +1,126 @@
+"""Intervals and tests: over the seeds of a study, and over the sentences of one run."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+# Differences between equal results are rounding: metrics are of order one and double precision.
+ROUNDING = 1e-12
+
+
+class Interval(NamedTuple):
+    """An estimate, its confidence bounds in the same unit (nan where there is no bound), and the sample size."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+class Significance(NamedTuple):
+    """A test by name, its statistic and its two-sided p-value (both nan where the sample allows no test)."""
+
+    name: str
+    statistic: float
+    p_value: float
+
+
+def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
+    """Mean over seeds with Student's t interval, from values of shape (n,). A single value has nan bounds.
+
+    Raises ValueError if there is no value, one is not finite, or confidence is not between 0 and 1.
+    """
+    sample = _sample(values)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence = {confidence} must lie between 0 and 1.")
+    mean, n = float(sample.mean()), len(sample)
+    if n < 2:
+        return Interval(mean, np.nan, np.nan, n)
+    half = float(stats.sem(sample) * stats.t.ppf((1 + confidence) / 2, n - 1))
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def paired_test(differences: ArrayLike) -> Significance:
+    """Two-sided paired t-test that the mean difference over seeds is 0, from differences of shape (n,).
+
+    One difference allows no test: nan. Differences all equal up to rounding show no spread, so that t would be
+    infinite and p zero whatever n is; the exact sign test is reported instead, p = 2^(1-n), or 1 if all are 0, with
+    the number of positive differences as its statistic. Raises ValueError if there is none or one is not finite.
+    """
+    sample = _sample(differences)
+    if len(sample) < 2:
+        return Significance("paired t", np.nan, np.nan)
+    if _all_equal(sample):
+        positive, negative = int((sample > ROUNDING).sum()), int((sample < -ROUNDING).sum())
+        return Significance("exact sign", float(positive), _fair_coin_p(positive, negative))
+    result = stats.ttest_1samp(sample, 0.0)
+    return Significance("paired t", float(result.statistic), float(result.pvalue))
+
+
+def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> Significance:
+    """McNemar's exact two-sided test that a and b are right equally often, from 0/1 or bool arrays of shape (n,).
+
+    The statistic is how many sentences more b gets right. Without any sentence that only one gets right, p is 1.
+    Raises ValueError if the arrays are empty, differ in shape or hold anything but 0 and 1.
+    """
+    a, b = _sample(correct_a), _sample(correct_b)
+    if a.shape != b.shape:
+        raise ValueError(f"correct_a has {len(a)} sentences and correct_b {len(b)}; they must be the same sentences.")
+    if not np.isin([a, b], [0, 1]).all():
+        raise ValueError("correct_a and correct_b must hold only 0 (wrong) and 1 (right).")
+    only_a, only_b = int((a > b).sum()), int((b > a).sum())
+    return Significance("exact McNemar", float(only_b - only_a), _fair_coin_p(only_a, only_b))
+
+
+def bootstrap_interval(differences: ArrayLike, seed: int, resamples: int = 9999) -> Interval:
+    """Mean paired difference over sentences with its 95% BCa bootstrap interval, from differences of shape (n,).
+
+    A single difference has nan bounds; differences all equal up to rounding have the mean as both bounds. The same
+    seed gives the same interval. Raises ValueError if there is no difference or one is not finite.
+    """
+    sample = _sample(differences)
+    mean, n = float(sample.mean()), len(sample)
+    if n < 2:
+        return Interval(mean, np.nan, np.nan, n)
+    if _all_equal(sample):  # BCa divides by the spread
+        return Interval(mean, mean, mean, n)
+    # In batches: all resamples of a thousand sentences at once would take hundreds of megabytes.
+    rng = np.random.default_rng(seed)
+    result = stats.bootstrap((sample,), np.mean, n_resamples=resamples, batch=500, confidence_level=CONFIDENCE, rng=rng)
+    low, high = result.confidence_interval
+    return Interval(mean, float(low), float(high), n)
+
+
+def reward_interval(correct: int, n: int) -> Interval:
+    """Mean reward 2a - 1 at accuracy a = correct/n, with Wilson's 95% interval on a mapped to the reward.
+
+    Raises ValueError unless 0 <= correct <= n and n >= 1.
+    """
+    if n < 1 or not 0 <= correct <= n:
+        raise ValueError(f"correct = {correct} of n = {n} is no count of right answers.")
+    bounds = stats.binomtest(correct, n).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(2 * correct / n - 1, 2 * float(bounds.low) - 1, 2 * float(bounds.high) - 1, n)
+
+
+def _sample(values: ArrayLike) -> NDArray[np.float64]:
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or sample.size == 0:
+        raise ValueError(f"A sample must be a non-empty list of numbers, not an array of shape {sample.shape}.")
+    if not np.isfinite(sample).all():
+        raise ValueError("A sample must not contain nan or infinity.")
+    return sample
+
+
+def _all_equal(sample: NDArray[np.float64]) -> bool:
+    return bool(np.ptp(sample) <= ROUNDING)
+
+
+def _fair_coin_p(heads: int, tails: int) -> float:
+    """Exact two-sided p-value of a fair coin; no toss is no evidence."""
+    if heads + tails == 0:
+        return 1.0
+    return float(stats.binomtest(heads, heads + tails, 0.5).pvalue)

@@ -1,0 +1,323 @@
+"""Exact quantities of finite policies, and what the theory predicts for them.
+
+A policy over K answers to each of N prompts is an array ``logp`` of shape (N, K): natural logarithms, every row
+summing to one in probability, -inf where an answer is impossible. Rewards ``r`` and demonstrations ``logd`` have the
+same shape. Losses, divergences and log-normalisers are in nats, rewards in units of the reward. Everything stays in
+log space: at beta = 0.001 a tilted probability is exp(-2000), which underflows, while its logarithm is an ordinary
+number.
+
+"PAPER" marks results of arXiv 2601.07389; "ours" marks what this artifact derives.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import entr, expit, log_expit, log_softmax, logit, logsumexp, xlog1py, xlogy
+
+FloatArray = NDArray[np.float64]
+
+# Rows of log-probabilities that come out of float32 arithmetic sum to one only this closely.
+NORMALISATION_TOLERANCE = 1e-4
+
+
+# Finite policies over K answers
+
+
+def log_normaliser(logp: ArrayLike, r: ArrayLike, beta: float) -> FloatArray:
+    """log Z_beta(x) = log E_{y~p}[exp(r/beta)] of each prompt, shape (N,), nats (PAPER: closed-form RL optimum).
+
+    Raises ValueError if ``logp`` is no policy, the shapes differ or beta is not positive.
+    """
+    logp = _policy("logp", logp)
+    return logsumexp(logp + _rewards(r, logp) / _positive(beta), axis=1)
+
+
+def tilt(logp: ArrayLike, r: ArrayLike, beta: float) -> FloatArray:
+    """Ideal RL policy log(p exp(r/beta) / Z_beta) from the start p, shape (N, K) (PAPER: closed-form RL optimum).
+
+    It maximises ``regularised_objective`` with p as the reference. Raises ValueError as ``log_normaliser`` does.
+    """
+    logp = _policy("logp", logp)
+    return log_softmax(logp + _rewards(r, logp) / _positive(beta), axis=1)
+
+
+def prompt_losses(logp: ArrayLike, logd: ArrayLike) -> FloatArray:
+    """SFT loss E_{y~p_D}[-log p(y|x)] of each prompt, shape (N,), nats; inf where p excludes a demonstration.
+
+    Raises ValueError if either array is no policy or the shapes differ.
+    """
+    logp, logd = _policies(logp=logp, logd=logd)
+    return _weighted(np.exp(logd), -logp).sum(axis=1)
+
+
+def sft_loss(logp: ArrayLike, logd: ArrayLike) -> float:
+    """L_SFT(p): the mean of ``prompt_losses``, nats per response (PAPER: SFT loss)."""
+    return float(prompt_losses(logp, logd).mean())
+
+
+def prompt_rewards(logp: ArrayLike, r: ArrayLike) -> FloatArray:
+    """E_{y~p}[r(x, y)] of each prompt, shape (N,). Raises ValueError if ``logp`` is no policy or the shapes differ."""
+    logp = _policy("logp", logp)
+    return (np.exp(logp) * _rewards(r, logp)).sum(axis=1)
+
+
+def expected_reward(logp: ArrayLike, r: ArrayLike) -> float:
+    """J(p): the mean of ``prompt_rewards`` (PAPER: expected reward)."""
+    return float(prompt_rewards(logp, r).mean())
+
+
+def prompt_kl(logp: ArrayLike, logq: ArrayLike) -> FloatArray:
+    """KL(p || q) of each prompt, shape (N,), nats; inf where q excludes an answer of p.
+
+    Raises ValueError if either array is no policy or the shapes differ.
+    """
+    logp, logq = _policies(logp=logp, logq=logq)
+    with np.errstate(invalid="ignore"):  # -inf - -inf where neither policy gives the answer: weight 0
+        ratio = logp - logq
+    # Rounding can leave -1e-17 for nearly equal rows, which a later square root would turn into nan.
+    return np.maximum(_weighted(np.exp(logp), ratio).sum(axis=1), 0.0)
+
+
+def mean_kl(logp: ArrayLike, logq: ArrayLike) -> float:
+    """E_x KL(p || q): the mean of ``prompt_kl``, nats."""
+    return float(prompt_kl(logp, logq).mean())
+
+
+def regularised_objective(logp: ArrayLike, logref: ArrayLike, r: ArrayLike, beta: float) -> float:
+    """F(p) = J(p) - beta E_x KL(p || p_ref), in units of the reward (PAPER: regularised RL objective).
+
+    Raises ValueError if an array is no policy, the shapes differ or beta is not positive.
+    """
+    return expected_reward(logp, r) - float(_positive(beta)) * mean_kl(logp, logref)
+
+
+def prompt_c1(logd: ArrayLike, logp0: ArrayLike, r: ArrayLike, beta: float) -> FloatArray:
+    """log Z_beta - E_{p_D} r/beta of each prompt, shape (N,), nats: what ideal RL from p0 adds to its SFT loss.
+
+    With p0 = p_D this is KL(p_D || p_RL) >= 0 (PAPER: Theorem 3.1); for any other p0 it may have either sign (ours).
+    Raises ValueError if an array is no policy, the shapes differ or beta is not positive.
+    """
+    logd, logp0 = _policies(logd=logd, logp0=logp0)
+    # Centred rewards give the same number; apart, log Z and E r/beta are both near 1/beta and would cancel.
+    advantage = np.asarray(r, dtype=np.float64) - prompt_rewards(logd, r)[:, None]
+    return log_normaliser(logp0, advantage, beta)
+
+
+def c1(logd: ArrayLike, logp0: ArrayLike, r: ArrayLike, beta: float) -> float:
+    """C1(beta): the mean of ``prompt_c1``, nats per response (PAPER: Theorem 3.1)."""
+    return float(prompt_c1(logd, logp0, r, beta).mean())
+
+
+def pinsker_bound(kl: ArrayLike, r_max: float, r_min: float) -> FloatArray:
+    """Largest |change of J| between policies at E_x KL = ``kl`` nats, shape of ``kl`` (PAPER: RL-then-SFT proposition).
+
+    It holds for either direction of the divergence. Raises ValueError if a divergence is negative or r_max < r_min.
+    """
+    kl = np.asarray(kl, dtype=np.float64)
+    if not np.all(kl >= 0):
+        raise ValueError("A KL divergence cannot be negative or nan.")
+    if r_max < r_min:
+        raise ValueError(f"r_max = {r_max} is below r_min = {r_min}.")
+    return (r_max - r_min) * np.sqrt(kl / 2)
+
+
+# Two labels, reward +1 for the label that the annotator gave and -1 otherwise
+
+
+def calibrated_loss(q: ArrayLike) -> FloatArray:
+    """SFT loss H(q) of the policy that reports q, the probability of the likelier label; shape of ``q``, nats (ours).
+
+    Raises ValueError unless 0.5 <= q <= 1, as every function of q here does.
+    """
+    q = _likelier(q)
+    return entr(q) + entr(1 - q)
+
+
+def calibrated_reward(q: ArrayLike) -> FloatArray:
+    """Expected reward (2q-1)^2 of sampling from the policy that reports q; shape of ``q`` (ours)."""
+    return (2 * _likelier(q) - 1) ** 2
+
+
+def sharp_reward(q: ArrayLike) -> FloatArray:
+    """Expected reward 2q-1 of always giving the likelier label, the largest there is; shape of ``q`` (ours)."""
+    return 2 * _likelier(q) - 1
+
+
+def rl_probability(q: ArrayLike, beta: ArrayLike, p0: ArrayLike | None = None) -> FloatArray:
+    """Probability that ideal RL gives the likelier label, from a start that gives it p0 (default: the calibrated q).
+
+    The odds p0/(1-p0) grow by exp(2(2q-1)/beta) (ours, from PAPER: closed-form RL optimum). The arguments broadcast.
+    Raises ValueError unless 0.5 <= q <= 1, 0 <= p0 <= 1 and beta > 0.
+    """
+    q = _likelier(q)
+    start = q if p0 is None else _probability("p0", p0)
+    return expit(logit(start) + _gain(q, beta))
+
+
+def rl_loss(q: ArrayLike, beta: ArrayLike) -> FloatArray:
+    """SFT loss of ideal RL from the calibrated policy, nats: H(q) + C1(beta) (ours). The arguments broadcast.
+
+    As beta -> 0 it grows without bound for 1/2 < q < 1 and stays at H(q) for q = 1/2 and q = 1.
+    """
+    q = _likelier(q)
+    log_odds = logit(q) + _gain(q, beta)
+    return _weighted(q, -log_expit(log_odds)) + _weighted(1 - q, -log_expit(-log_odds))
+
+
+def rl_reward(q: ArrayLike, beta: ArrayLike) -> FloatArray:
+    """Expected reward of sampling from ideal RL from the calibrated policy (ours). The arguments broadcast.
+
+    It lies between ``calibrated_reward`` (beta -> infinity) and ``sharp_reward`` (beta -> 0).
+    """
+    q = _likelier(q)
+    return (2 * rl_probability(q, beta) - 1) * (2 * q - 1)
+
+
+def perfect_demonstration_change(m: ArrayLike, beta: ArrayLike) -> FloatArray:
+    """Change of SFT loss log(m + (1-m) exp(-2/beta)) <= 0, nats, when every demonstration earns +1 (ours).
+
+    ``m`` is the mass that the start of RL puts on answers rewarded +1, all others earning -1. Averaged over prompts
+    the result is the change of L_SFT. The arguments broadcast. Raises ValueError unless 0 <= m <= 1 and beta > 0.
+    """
+    m = _probability("m", m)
+    return np.logaddexp(xlogy(1, m), xlog1py(1, -m) - 2 / _positive(beta))
+
+
+# Measured two-label policies: log_odds = log p(acceptable) - log p(unacceptable), shape (N,)
+
+
+def two_label_policy(log_odds: ArrayLike) -> FloatArray:
+    """Log-probabilities (unacceptable, acceptable) at the given log-odds, shape (N, 2)."""
+    log_odds = np.asarray(log_odds, dtype=np.float64)
+    return np.stack([log_expit(-log_odds), log_expit(log_odds)], axis=-1)
+
+
+def annotator_policy(truth: ArrayLike, disagreement: float) -> FloatArray:
+    """Log-probabilities (unacceptable, acceptable) of the label that an annotator gives, shape (N, 2).
+
+    Annotators contradict the ``truth`` of each sentence (1 acceptable, 0 not) with probability ``disagreement``.
+    Raises ValueError unless truth is 0 or 1 and 0 <= disagreement < 0.5.
+    """
+    sign = _sign(truth)
+    if not 0 <= disagreement < 0.5:
+        raise ValueError(f"disagreement = {disagreement} is outside [0, 0.5).")
+    wrong, right = xlogy(1, disagreement), np.log1p(-disagreement)
+    return np.stack([np.where(sign > 0, wrong, right), np.where(sign > 0, right, wrong)], axis=-1)
+
+
+def agreement_reward(logd: ArrayLike) -> FloatArray:
+    """Expected reward 2 p_D(y|x) - 1 of each answer, shape (N, K): +1 if a drawn label agrees with it, else -1 (ours).
+
+    Raises ValueError if ``logd`` is no policy.
+    """
+    return 2 * np.exp(_policy("logd", logd)) - 1
+
+
+def tilted_log_odds(log_odds: ArrayLike, truth: ArrayLike, disagreement: float, beta: float) -> FloatArray:
+    """Log-odds of ideal RL from a measured policy whose sentences have a known truth, shape (N,) (ours).
+
+    Paid by noisy annotators, "acceptable" earns (1 - 2 disagreement) on an acceptable sentence and its negative on an
+    unacceptable one. Raises ValueError as ``annotator_policy`` does, if the shapes differ or if beta is not positive.
+    """
+    log_odds, logd = _measured(log_odds, truth, disagreement)
+    unacceptable, acceptable = agreement_reward(logd).T
+    return log_odds + (acceptable - unacceptable) / _positive(beta)
+
+
+def expected_loss(log_odds: ArrayLike, truth: ArrayLike, disagreement: float) -> float:
+    """SFT loss of a measured policy in expectation over annotators, nats over the two labels (ours).
+
+    Raises ValueError as ``annotator_policy`` does or if the shapes differ.
+    """
+    log_odds, logd = _measured(log_odds, truth, disagreement)
+    return sft_loss(two_label_policy(log_odds), logd)
+
+
+def expected_reward_of_odds(log_odds: ArrayLike, truth: ArrayLike, disagreement: float) -> float:
+    """Reward of sampling from a measured policy in expectation over annotators (ours).
+
+    Raises ValueError as ``annotator_policy`` does or if the shapes differ.
+    """
+    log_odds, logd = _measured(log_odds, truth, disagreement)
+    return expected_reward(two_label_policy(log_odds), agreement_reward(logd))
+
+
+def self_tilted_log_odds(log_odds: ArrayLike, beta: float) -> FloatArray:
+    """Log-odds of ideal RL from a measured policy taken to be calibrated, for data of unknown truth, shape (N,) (ours).
+
+    "Acceptable" then earns 2p - 1 at the policy's own p. Raises ValueError if beta is not positive.
+    """
+    log_odds = np.asarray(log_odds, dtype=np.float64)
+    # tanh(log_odds / 2) is 2p - 1, without the loss of digits near p = 1/2.
+    return log_odds + 2 * np.tanh(log_odds / 2) / _positive(beta)
+
+
+# Checks and small helpers
+
+
+def _policy(name: str, logp: ArrayLike) -> FloatArray:
+    logp = np.asarray(logp, dtype=np.float64)
+    if logp.ndim != 2 or logp.size == 0:
+        raise ValueError(f"{name} has shape {logp.shape}; it must be (prompts, answers), neither of them 0.")
+    mass = np.exp(logp).sum(axis=1)
+    bad = np.flatnonzero(~(np.abs(mass - 1) <= NORMALISATION_TOLERANCE))
+    if bad.size:
+        raise ValueError(f"Row {bad[0]} of {name} sums to {mass[bad[0]]:.6g} in probability; normalise it to 1.")
+    return logp
+
+
+def _policies(**named: ArrayLike) -> list[FloatArray]:
+    policies = [_policy(name, logp) for name, logp in named.items()]
+    if len({logp.shape for logp in policies}) > 1:
+        raise ValueError(f"{' and '.join(named)} have different shapes: {', '.join(str(p.shape) for p in policies)}.")
+    return policies
+
+
+def _rewards(r: ArrayLike, logp: FloatArray) -> FloatArray:
+    r = np.asarray(r, dtype=np.float64)
+    if r.shape != logp.shape:
+        raise ValueError(f"The rewards have shape {r.shape} and the policy {logp.shape}; they must agree.")
+    return r
+
+
+def _positive(beta: ArrayLike) -> FloatArray:
+    beta = np.asarray(beta, dtype=np.float64)
+    if not np.all((beta > 0) & np.isfinite(beta)):
+        raise ValueError(f"beta = {beta} must be positive and finite.")
+    return beta
+
+
+def _probability(name: str, p: ArrayLike, least: float = 0.0) -> FloatArray:
+    p = np.asarray(p, dtype=np.float64)
+    if not np.all((least <= p) & (p <= 1)):
+        raise ValueError(f"{name} must lie in [{least:g}, 1].")
+    return p
+
+
+def _likelier(q: ArrayLike) -> FloatArray:
+    return _probability("q, the probability of the likelier label,", q, least=0.5)
+
+
+def _gain(q: FloatArray, beta: ArrayLike) -> FloatArray:
+    """What ideal RL adds to the log-odds of the likelier label: the gap in expected reward over beta."""
+    return 2 * (2 * q - 1) / _positive(beta)
+
+
+def _sign(truth: ArrayLike) -> FloatArray:
+    truth = np.asarray(truth, dtype=np.float64)
+    if not np.all((truth == 0) | (truth == 1)):
+        raise ValueError("truth must be 1 (acceptable) or 0 (unacceptable).")
+    return 2 * truth - 1
+
+
+def _measured(log_odds: ArrayLike, truth: ArrayLike, disagreement: float) -> tuple[FloatArray, FloatArray]:
+    log_odds = np.asarray(log_odds, dtype=np.float64)
+    logd = annotator_policy(truth, disagreement)
+    if log_odds.shape != logd.shape[:-1]:
+        raise ValueError(f"log_odds has shape {log_odds.shape} and truth {logd.shape[:-1]}; they must agree.")
+    return log_odds, logd
+
+
+def _weighted(weight: FloatArray, value: FloatArray) -> FloatArray:
+    """weight * value, with 0 * inf = 0: an answer that is never given costs nothing."""
+    with np.errstate(invalid="ignore"):
+        return np.where(weight > 0, weight * value, 0.0)
