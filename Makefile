@@ -21,9 +21,8 @@ endif
 
 STUDY   = --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set '$(SET)' --seeds "$(SEEDS)"
 EXECUTE = $(PYTHON) -m nondecoupling.execute
-TESTS   = $(PYTHON) -m pytest -q
 
-.PHONY: help setup reproduce list lab test lint verify report notebooks clean
+.PHONY: FORCE help setup reproduce list lab test lint verify report reference notebooks clean
 
 help: ## print the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -41,6 +40,9 @@ setup: $(READY) ## create .venv from requirements.lock (all other targets do it 
 reproduce: $(READY) ## run the study: data, base model, both experiments for every seed, claims, report
 	@$(EXECUTE) reproduce $(STUDY) --jobs $(JOBS)
 
+results/%.json: $(READY) FORCE
+	@$(EXECUTE) reproduce $(STUDY) --jobs $(JOBS) --target $@
+
 list: $(READY) ## list the study's runs with their state and files
 	@$(EXECUTE) list $(STUDY)
 
@@ -54,15 +56,21 @@ lab: $(READY) ## open JupyterLab on the notebooks
 	@$(PYTHON) -m jupyterlab notebooks
 
 test: lint ## lint, unit tests, and every notebook re-executed and compared (nbval)
-	$(TESTS)
+	$(PYTHON) -m pytest -q
+	@# The notebooks run in a results folder of their own, so that a test never touches a study.
+	NONDECOUPLING_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PYTHON) -m pytest -q --nbval notebooks \
+		--nbval-sanitize-with tests/nbval-sanitize.cfg --nbval-kernel-name python3 --nbval-cell-timeout 600
 
 lint: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff check src tests
 	$(PYTHON) -m ruff format --check src tests
 	$(PYTHON) -m mypy
 
+reference: $(READY) ## maintainers: make the finished study the committed reference, README tables included
+	@$(EXECUTE) reference $(STUDY)
+
 notebooks: $(READY) ## maintainers: re-execute the committed notebooks in place, outputs included
-	$(PYTHON) tests/refresh_notebooks.py
+	@$(EXECUTE) notebooks
 
 clean: ## remove the study's results (never the committed reference)
 	@$(EXECUTE) clean $(STUDY)

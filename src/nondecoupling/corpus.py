@@ -61,11 +61,15 @@ def load_corpus(folder: Path) -> pd.DataFrame:
         if path.exists():
             tables.append(read_tsv(path).assign(split=split))
         elif split != "dev_out":
-            raise FileNotFoundError(f"{path} is missing; a data folder holds CoLA's {FILES['train']} and {FILES['dev']}.")
+            raise FileNotFoundError(
+                f"{path} is missing; a data folder holds CoLA's {FILES['train']} and {FILES['dev']}."
+            )
     corpus = pd.concat(tables, ignore_index=True)
     for split, labels in corpus.groupby("split")["label"]:
         if labels.nunique() < 2:
-            raise ValueError(f"{folder}: every sentence of '{split}' has label {labels.iloc[0]}; both labels are needed.")
+            raise ValueError(
+                f"{folder}: every sentence of '{split}' has label {labels.iloc[0]}; both labels are needed."
+            )
     return corpus[["split", *COLUMNS]]
 
 

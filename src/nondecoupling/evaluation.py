@@ -66,10 +66,8 @@ class Prefix:
         logits, columns = self.first, []
         ended = torch.zeros(len(self.mask), dtype=torch.bool, device=self.mask.device)
         for step in range(limit):
-            if greedy:
-                token = logits.argmax(-1)
-            else:
-                token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            draw = logits.argmax(-1, True) if greedy else torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            token = draw[:, 0]
             columns.append(token.masked_fill(ended, self.pad))
             ended |= token == eos
             if ended.all() or step == limit - 1:
@@ -96,13 +94,14 @@ def predict(
 ) -> pd.DataFrame:
     """The policy's answers to every sentence of ``table``, one row each.
 
-    Columns ``sentence, label, source, logp_acceptable, logp_unacceptable, sampled, greedy``: log p of the whole response
-    with its end token (nats), and one answer sampled at temperature 1 and one greedy as text. Sampling has a generator
-    of its own, seeded by ``evaluation.seed``: measuring never disturbs training, and all policies share the draws.
+    Columns ``sentence, label, source, logp_acceptable, logp_unacceptable, sampled, greedy``: log p of the whole
+    response with its end token (nats), and one answer sampled at temperature 1 and one greedy as text. Sampling has a
+    generator of its own, seeded by ``evaluation.seed``: measuring never disturbs training, and all policies share the
+    draws.
     """
     was_training = model.training
     model.eval()
-    rows = [prompt_ids(tokenizer, prompt, sentence) for sentence in table["sentence"]]
+    rows = prompt_ids(tokenizer, prompt, table["sentence"])
     unacceptable, acceptable = (response_ids(tokenizer, text) for text in responses(prompt))
     generator = torch.Generator(next(model.parameters()).device).manual_seed(evaluation.seed)
     logp_acceptable, logp_unacceptable, sampled, greedy = [], [], [], []
@@ -113,12 +112,16 @@ def predict(
         sampled += prefix.answers(tokenizer.eos_token_id, max_new_tokens, generator=generator)
         greedy += prefix.answers(tokenizer.eos_token_id, max_new_tokens, greedy=True)
     model.train(was_training)
-    return table[["sentence", "label", "source"]].assign(
-        logp_acceptable=logp_acceptable,
-        logp_unacceptable=logp_unacceptable,
-        sampled=tokenizer.batch_decode(sampled, skip_special_tokens=True),
-        greedy=tokenizer.batch_decode(greedy, skip_special_tokens=True),
-    ).reset_index(drop=True)
+    return (
+        table[["sentence", "label", "source"]]
+        .assign(
+            logp_acceptable=logp_acceptable,
+            logp_unacceptable=logp_unacceptable,
+            sampled=tokenizer.batch_decode(sampled, skip_special_tokens=True),
+            greedy=tokenizer.batch_decode(greedy, skip_special_tokens=True),
+        )
+        .reset_index(drop=True)
+    )
 
 
 def label_log_probabilities(predictions: pd.DataFrame) -> np.ndarray:

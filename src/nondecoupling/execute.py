@@ -9,8 +9,11 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +39,7 @@ SETTINGS_OF = {
     "base": ["data", "prompt", "model", "pretrain", "evaluation"],
     "sft": ["prompt", "adaptation", "sft", "evaluation"],
     "rl": ["prompt", "adaptation", "rl", "evaluation"],
-    "theory": ["data"],
+    "theory": ["data", "rl"],
     "claims": ["data", "rl"],
 }
 
@@ -105,18 +108,29 @@ def planned_runs(study: Study, seeds: list[int]) -> list[tuple[str, int]]:
     return [("data", 0), ("base", 0), *stages, ("theory", 0), ("claims", 0)]
 
 
-def write_rules(study: Study, seeds: list[int], command: str) -> Path:
+def write_rules(study: Study, seeds: list[int], seeds_text: str, args: argparse.Namespace) -> Path:
     """Write the study's make rules (and the settings they depend on) to its folder; returns the rules' file."""
     root = runs.study_folder(study)
     (root / "settings").mkdir(parents=True, exist_ok=True)
-    lines = [f"study: {target_of(root, 'claims', 0)}"]
+    command = shlex.join(
+        [sys.executable, "-m", "nondecoupling.execute", "{action}", "--profile", args.profile, "--data", args.data]
+        + ["--model", args.model, "--set", args.set, "--seeds", seeds_text]
+    ).replace("$", "$$")
+    report, claims = root / "report.html", target_of(root, "claims", 0)
+    lines = [
+        f"study: {report}",
+        "",
+        f"{report}: {claims}",
+        "\t@" + command.replace("{action}", "report") + " > /dev/null",
+    ]
     for run, seed in planned_runs(study, seeds):
         settings = root / "settings" / f"{run}.json"
         content = relevant_settings(study, run) | ({"seeds": seeds} if run in SUMMARIES else {})
         if not settings.exists() or runs.read_json(settings) != content:
             runs.write_json(settings, content)
         files = " ".join(str(path) for path in prerequisites(study, root, run, seed, seeds))
-        lines += ["", f"{target_of(root, run, seed)}: {files}", f"\t@{command} --run {run} --seed {seed}"]
+        recipe = f"\t@{command.replace('{action}', 'run')} --run {run} --seed {seed}"
+        lines += ["", f"{target_of(root, run, seed)}: {files}", recipe]
     rules = root / "plan.mk"
     rules.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return rules
@@ -162,7 +176,7 @@ def execute(study: Study, run: str, seed: int, seeds: str, options: dict[str, An
             kernel_name="python3",
             progress_bar=False,
             cwd=str(NOTEBOOKS),
-            extra_arguments=["--log-level=ERROR"],  # the kernel warns about TCP on every start
+            extra_arguments=["--log-level=CRITICAL"],  # else every kernel prints a warning about TCP
         )
     except PapermillExecutionError as error:
         os.replace(working, failed)
@@ -173,13 +187,18 @@ def execute(study: Study, run: str, seed: int, seeds: str, options: dict[str, An
     return target_of(root, run, seed)
 
 
-def quiet_environment(threads: int) -> None:
-    """Environment of the kernels: no progress bars in captured output, a fixed number of threads."""
+def quiet_environment() -> None:
+    """Environment of the kernels: no progress bars in captured output, and one thread each.
+
+    One thread, because the embedded model is too small for more, and because two runs side by side that each start a
+    thread per core slow each other down tenfold.
+    """
     os.environ |= {
         "TQDM_DISABLE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and importing the compiler takes a second
     }
 
 
@@ -200,31 +219,168 @@ def status_lines(study: Study, seeds: list[int]) -> list[str]:
     return lines
 
 
-def command_rules(study: Study, args: argparse.Namespace) -> None:
-    print(write_rules(study, parse_seeds(args.seeds or study.profile.seeds), args.command))
+def write_report(study: Study) -> Path:
+    """Write the executed notebook 7, without its code, as one HTML file that needs no network; returns its path."""
+    from nbconvert import HTMLExporter
+    from traitlets.config import Config
+
+    root = runs.study_folder(study)
+    source = root / "claims.ipynb"
+    if not source.exists():
+        raise FileNotFoundError(f"{source} is not there; finish the study first (make reproduce).")
+    # Formulas are written in plain text in that notebook, so neither MathJax nor RequireJS is needed.
+    offline = {"exclude_input": True, "embed_images": True, "mathjax_url": "", "require_js_url": ""}
+    page, _ = HTMLExporter(config=Config({"HTMLExporter": offline})).from_filename(str(source))
+    page = page.replace("<title>claims</title>", f"<title>nondecoupling: {study.name}</title>")
+    temporary, report = root / "report.html.tmp", root / "report.html"
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, report)
+    return report
+
+
+def command_reproduce(study: Study, args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    seeds = args.seeds or study.profile.seeds
+    chosen = parse_seeds(seeds)
+    rules = write_rules(study, chosen, seeds, args)
+    done = len(runs.complete_runs(runs.study_folder(study), study, chosen))
+    total = len(chosen) * len(study.profile.runs)
+    print(f"profile {args.profile}, study '{study.name}': {total} runs, {done} of them done, {args.jobs} at a time")
+    goal = [str(Path(args.target).resolve())] if args.target else ["study"]
+    made = subprocess.run(["make", "--no-print-directory", f"-j{args.jobs}", "-f", str(rules), *goal], check=False)
+    if made.returncode:
+        raise RuntimeError(
+            "the study is not complete; what is finished is kept, and make reproduce goes on from there."
+        )
+    root = runs.study_folder(study)
+    if not args.target:
+        print_claims(root)
+    print(f"{time.perf_counter() - start:.0f} s")
+
+
+def print_claims(root: Path) -> None:
+    """Print the claims table and where everything is."""
+    from nondecoupling.claims import claims_table
+
+    table = claims_table(runs.read_json(root / "claims.json")).drop(columns=["p"])
+    print(table.to_string(index=False, max_colwidth=60))
+    print(f"\nreport:  {root / 'report.html'}\nfigures: {root / 'figures'}\nclaims:  {root / 'claims.json'}")
 
 
 def command_run(study: Study, args: argparse.Namespace) -> None:
     seeds = args.seeds or study.profile.seeds
     parse_seeds(seeds)
     who = args.run if args.run in (*runs.SHARED_RUNS, *SUMMARIES) else f"seed {args.seed} · {args.run}"
-    options = {"profile": args.profile, "data": args.data, "model": args.model, "overrides": parse_overrides(args.set)}
-    quiet_environment(args.threads)
+    folders = {
+        name: str(Path(value).resolve()) if value else ""
+        for name, value in (("data", args.data), ("model", args.model))
+    }
+    quiet_environment()
     start = time.perf_counter()
-    execute(study, args.run, args.seed, seeds, options)
-    print(f"{study.name} · {who} · {time.perf_counter() - start:.0f} s", flush=True)
+    execute(
+        study, args.run, args.seed, seeds, {"profile": args.profile, "overrides": parse_overrides(args.set), **folders}
+    )
+    print(f"{who} · {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def command_list(study: Study, args: argparse.Namespace) -> None:
     print("\n".join(status_lines(study, parse_seeds(args.seeds or study.profile.seeds))))
 
 
+def command_report(study: Study, args: argparse.Namespace) -> None:
+    print(write_report(study))
+
+
+def command_verify(study: Study, args: argparse.Namespace) -> None:
+    from nondecoupling.claims import compare_claims
+
+    fresh, reference = (folder / "claims.json" for folder in (runs.study_folder(study), runs.reference_folder(study)))
+    for path in (fresh, reference):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is not there; there is nothing to compare.")
+    table = compare_claims(runs.read_json(fresh), runs.read_json(reference))
+    print("A row passes if the verdicts agree and the 95 % intervals overlap.\n" + table.to_string(index=False))
+    failed = int((table["result"] == "FAIL").sum())
+    if failed:
+        raise RuntimeError(f"{failed} of {len(table)} claims differ from the reference.")
+
+
+def command_notebooks(study: Study, args: argparse.Namespace) -> None:
+    """Re-execute the committed notebooks in place at their default parameters, in a results folder of their own."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    quiet_environment()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["NONDECOUPLING_RESULTS"] = folder
+        for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+            start = time.perf_counter()
+            notebook = nbformat.read(path, as_version=4)
+            NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+            for cell in notebook.cells:
+                cell.metadata.pop("execution", None)  # times of day, which would make every diff long
+            nbformat.write(notebook, path)
+            print(f"{path.name} · {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def command_reference(study: Study, args: argparse.Namespace) -> None:
+    """Make the finished study the committed reference: small files only, and never a sentence of real data."""
+    import pandas as pd
+
+    seeds = parse_seeds(args.seeds or study.profile.seeds)
+    root, reference = runs.study_folder(study), runs.reference_folder(study)
+    if len(runs.complete_runs(root, study, seeds)) < len(seeds) * len(study.profile.runs):
+        raise RuntimeError(f"{root} is not complete; finish the study first (make reproduce).")
+    shutil.rmtree(reference, ignore_errors=True)
+    real = study.profile.data.folder is not None
+    for run, seed in planned_runs(study, seeds)[:-2]:
+        source, copy = (runs.run_folder(folder, run, seed) for folder in (root, reference))
+        copy.mkdir(parents=True)
+        for name in (runs.METRICS, runs.TRAJECTORY):
+            if (source / name).exists():
+                shutil.copy(source / name, copy / name)
+        if run != "data":
+            predictions = runs.read_predictions(source)
+            kept = predictions.assign(sentence="") if real else predictions
+            pd.DataFrame(kept).to_parquet(copy / runs.predictions_file("dev"))
+        elif not real:
+            shutil.copy(source / "in_domain_dev.tsv", copy / "in_domain_dev.tsv")
+    for name in ("claims.json", "theory.json"):
+        shutil.copy(root / name, reference / name)
+    shutil.copytree(root / "figures", reference / "figures")
+    update_readme(study, seeds)
+
+
+def update_readme(study: Study, seeds: list[int]) -> None:
+    """Write the tables of the committed reference between the README's markers for ``study``, if it has them."""
+    from nondecoupling.claims import readme_tables
+
+    readme, reference = runs.REPOSITORY / "README.md", runs.reference_folder(study)
+    begin, end = f"<!-- {study.name}: generated by make reference -->", f"<!-- {study.name}: end -->"
+    text = readme.read_text(encoding="utf-8")
+    if begin in text:
+        rows = runs.read_json(reference / "claims.json")
+        tables = readme_tables(rows, runs.read_metrics(reference, study, seeds))
+        before, _, rest = text.partition(begin)
+        readme.write_text(f"{before}{begin}\n\n{tables}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
+def command_clean(study: Study, args: argparse.Namespace) -> None:
+    shutil.rmtree(runs.study_folder(study), ignore_errors=True)
+    print(f"removed {runs.study_folder(study)}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line of the Makefile; prints one sentence and returns 1 when something is wrong."""
     commands: dict[str, Callable[[Study, argparse.Namespace], None]] = {
-        "rules": command_rules,
+        "reproduce": command_reproduce,
         "run": command_run,
         "list": command_list,
+        "report": command_report,
+        "verify": command_verify,
+        "notebooks": command_notebooks,
+        "reference": command_reference,
+        "clean": command_clean,
     }
     parser = argparse.ArgumentParser(prog="python -m nondecoupling.execute", description=__doc__)
     parser.add_argument("action", choices=commands)
@@ -233,10 +389,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="", help="folder of a causal LM")
     parser.add_argument("--set", default="", help='overrides, e.g. "rl.beta=0.25 sft.steps=100"')
     parser.add_argument("--seeds", default="", help="0-4 or 0,3,7; default: the profile's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--target", default="", help="one result file instead of the whole study")
     parser.add_argument("--run", default="")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--command", default="", help="what the rules call for each run")
     args = parser.parse_args(arguments)
     try:
         commands[args.action](load_study(args.profile, args.data, args.model, parse_overrides(args.set)), args)

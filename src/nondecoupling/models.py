@@ -51,7 +51,8 @@ def start_policy(base: Path, parent: Path | None, adaptation: Adaptation, seed: 
 def save_policy(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     """Write the adapter (LoRA) or all weights (full) to ``folder`` as safetensors."""
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder, selected_adapters=["default"])  # not the frozen copy that serves as reference
+        # "default" is the trained adapter; trl adds a frozen copy of it as the KL reference.
+        model.save_pretrained(str(folder), selected_adapters=["default"])
     else:
         model.save_pretrained(folder)
 

@@ -106,16 +106,25 @@ def pretraining_sentences(settings: Pretrain, exclude: set[str]) -> pd.DataFrame
     )
 
 
-def encode_row(
-    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, settings: Pretrain, sentence: str, label: int | None
-) -> tuple[list[int], list[float]]:
-    """Token ids and loss weights of one pretraining row: a chat, or plain text where ``label`` is None."""
-    if label is None:
-        ids = [*tokenizer(sentence, add_special_tokens=False)["input_ids"], tokenizer.pad_token_id]
-        return ids, [settings.prompt_weight] * len(ids)
-    question = prompt_ids(tokenizer, prompt, sentence)
-    answer = response_ids(tokenizer, responses(prompt)[label])
-    return question + answer, [settings.prompt_weight] * len(question) + [1.0] * len(answer)
+def encode_chats(
+    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, rows: list[tuple[str, int]]
+) -> list[tuple[list[int], list[float]]]:
+    """Token ids and loss weights of chats about (sentence, label) rows.
+
+    The question counts 0 (half of its sentences are ungrammatical, and no text to learn from), the answer 1.
+    """
+    questions = prompt_ids(tokenizer, prompt, [sentence for sentence, _ in rows])
+    answers = [response_ids(tokenizer, text) for text in responses(prompt)]
+    return [
+        (question + answers[label], [0.0] * len(question) + [1.0] * len(answers[label]))
+        for question, (_, label) in zip(questions, rows, strict=True)
+    ]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, sentence: str, weight: float) -> tuple[list[int], list[float]]:
+    """Token ids and loss weights of a sentence as plain text."""
+    ids = [*tokenizer(sentence, add_special_tokens=False)["input_ids"], tokenizer.pad_token_id]
+    return ids, [weight] * len(ids)
 
 
 def weighted_loss(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[float]]], pad: int) -> torch.Tensor:
@@ -146,21 +155,20 @@ def pretrain(
     sentences = pretraining_sentences(settings, exclude)
     rng = random.Random(settings.seed)
     reading, probe = sentences.iloc[: settings.corpus_size], sentences.iloc[settings.corpus_size :]
-    chats = [prompt_messages(prompt, sentence)[0]["content"] for sentence in reading["sentence"][:5000]]
-    tokenizer = train_tokenizer(iter([*chats, *responses(prompt) * 1000, *["user\n", "assistant\n", "\n\n"] * 1000]),
-                                settings.vocabulary)
+    questions = [prompt_messages(prompt, sentence)[0]["content"] for sentence in reading["sentence"][:5000]]
+    frame = [*responses(prompt), "user\n", "assistant\n", "\n\n"] * 1000  # frequent enough to become single tokens
+    tokenizer = train_tokenizer(iter(questions + frame), settings.vocabulary)
     model = new_model(settings, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=100)
     rows = list(zip(reading["sentence"], reading["label"], strict=True))
+    grammatical = reading.loc[reading["label"] == 1, "sentence"].tolist()  # what text is made of
+    texts = round(settings.text_share * settings.batch_size)
     history = []
     for step in range(1, settings.max_steps + 1):
-        batch = [
-            encode_row(tokenizer, prompt, settings, sentence,
-                       None if rng.random() < settings.plain_text_share else label)
-            for sentence, label in rng.sample(rows, settings.batch_size)
-        ]
-        loss = weighted_loss(model, batch, tokenizer.pad_token_id)
+        chats = encode_chats(tokenizer, prompt, rng.sample(rows, settings.batch_size - texts))
+        plain = [encode_text(tokenizer, s, settings.text_weight) for s in rng.sample(grammatical, texts)]
+        loss = weighted_loss(model, chats + plain, tokenizer.pad_token_id)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

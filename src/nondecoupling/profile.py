@@ -67,8 +67,8 @@ class Pretrain(Section):
     head_size: Count
     intermediate_size: Count
     corpus_size: Count
-    plain_text_share: Share
-    prompt_weight: Share
+    text_share: Share
+    text_weight: Share
     batch_size: Count
     learning_rate: Positive
     max_steps: Count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nondecoupling.profile import Prompt
@@ -24,15 +25,15 @@ def responses(prompt: Prompt) -> tuple[str, str]:
     return prompt.unacceptable, prompt.acceptable
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> list[int]:
-    """Token ids of a rendered chat, up to where the answer begins."""
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def chat_ids(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]]) -> list[list[int]]:
+    """Token ids of rendered chats, up to where the answer begins."""
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentence: str) -> list[int]:
-    """Token ids of the chat that asks about ``sentence``."""
-    return chat_ids(tokenizer, prompt_messages(prompt, sentence))
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Sequence[str]) -> list[list[int]]:
+    """Token ids of the chats that ask about ``sentences``."""
+    return chat_ids(tokenizer, [prompt_messages(prompt, sentence) for sentence in sentences])
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
@@ -49,7 +50,7 @@ def check_prefix(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentence: s
         chat = [*prompt_messages(prompt, sentence), {"role": "assistant", "content": response}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, **TEMPLATE_OPTIONS)
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-        parts = [*prompt_ids(tokenizer, prompt, sentence), *response_ids(tokenizer, response)]
+        parts = [*prompt_ids(tokenizer, prompt, [sentence])[0], *response_ids(tokenizer, response)]
         if whole[: len(parts)] != parts:
             raise ValueError(
                 f"The tokenizer merges prompt and answer '{response}' differently from the two apart; "

@@ -178,13 +178,16 @@ def git(*arguments: str) -> str | None:
 def cpu_name() -> str:
     """The processor's model name and core count."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def gpu_name() -> str | None:
-    """The CUDA device's name, None without one. Looks only where torch is loaded already, so that listing stays fast."""
+    """The CUDA device's name, None without one. Asks torch only where it is loaded already, which takes seconds."""
     torch = sys.modules.get("torch")
     return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
 
@@ -209,3 +212,23 @@ def results_to_read(study: Study, seeds: list[int]) -> Path:
         f"{root} is not complete and there are no reference results of '{study.name}'; run the study first "
         f"(make reproduce)."
     )
+
+
+def read_metrics(root: Path, study: Study, seeds: list[int], split: str = "dev") -> pd.DataFrame:
+    """Final metrics of all runs, one row per (run, seed); the base stands once per seed so that runs can be paired."""
+    rows = []
+    for seed in seeds:
+        for run in ["base", *(entry.name for entry in study.profile.runs)]:
+            metrics = read_json(run_folder(root, run, seed) / METRICS)
+            rows.append({"run": run, "seed": seed, **metrics["evaluation"][split]})
+    return pd.DataFrame(rows)
+
+
+def read_trajectories(root: Path, study: Study, seeds: list[int]) -> pd.DataFrame:
+    """Trajectories of all runs on dev, one row per (run, seed, step)."""
+    tables = [
+        pd.read_csv(run_folder(root, entry.name, seed) / TRAJECTORY).assign(run=entry.name, seed=seed)
+        for seed in seeds
+        for entry in study.profile.runs
+    ]
+    return pd.concat(tables, ignore_index=True)

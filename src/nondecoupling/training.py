@@ -4,8 +4,8 @@ How this RL differs from trl's defaults, and why:
 
 * The gradient is that of E[r] - beta KL(p | p_start), the objective of the theory: loss "dr_grpo", advantages not
   divided by the group's deviation (``rl.normalisation: none``; ``group`` restores trl's defaults).
-* A group's mean reward contains the answer it is subtracted from, which shrinks the policy gradient by (G - 1) / G for G
-  answers per prompt. beta is scaled by the same factor, so that the fixed point is the closed form's.
+* A group's mean reward contains the answer it is subtracted from, which shrinks the policy gradient by (G - 1) / G
+  for G answers per prompt. beta is scaled by the same factor, so that the fixed point is the closed form's.
 * The KL reference is the policy that the stage starts from; the KL of the first step is checked to be 0.
 * Every step samples fresh answers from the current policy (one gradient step per generation, no stale samples).
 * Prompts are read once for all their answers, and equal (prompt, answer) pairs are scored once: the same numbers, less
@@ -27,7 +27,9 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is the hook we want, and pinned with trl's version
+os.environ.setdefault(
+    "TRL_EXPERIMENTAL_SILENCE", "1"
+)  # rollout_func is the hook we want, and pinned with trl's version
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from nondecoupling import corpus as corpora
@@ -124,14 +126,14 @@ def measure(
     model: Any, tokenizer: Any, settings: Profile, tables: dict[str, pd.DataFrame], references: dict[str, Path]
 ) -> tuple[dict[str, dict[str, float]], dict[str, pd.DataFrame]]:
     """Metrics and predictions of a policy on each of ``tables``; ``references`` are finished runs to take KL from."""
-    tokens = tuple(len(response_ids(tokenizer, text)) for text in responses(settings.prompt))
+    unacceptable, acceptable = (len(response_ids(tokenizer, text)) for text in responses(settings.prompt))
     metrics, predictions = {}, {}
     for split, table in tables.items():
         predictions[split] = predict(
             model, tokenizer, settings.prompt, table, settings.evaluation, settings.rl.max_new_tokens
         )
         known = {name: runs.read_predictions(folder, split) for name, folder in references.items()}
-        metrics[split] = summarise(predictions[split], settings.prompt, tokens, known)
+        metrics[split] = summarise(predictions[split], settings.prompt, (unacceptable, acceptable), known)
     return metrics, predictions
 
 
@@ -218,10 +220,11 @@ def train_sft(stage: Stage) -> Outcome:
     """Supervised fine-tuning with trl's SFTTrainer; the loss covers the response and its end token only."""
     sft, prompt, tokenizer = stage.settings.sft, stage.settings.prompt, stage.tokenizer
     answers = [response_ids(tokenizer, text) for text in responses(prompt)]
-    rows = []
-    for sentence, label in training_rows(stage, sft.steps * sft.batch_size)[["sentence", "label"]].itertuples(index=False):
-        question = prompt_ids(tokenizer, prompt, sentence)
-        rows.append({"input_ids": question + answers[label], "labels": [-100] * len(question) + answers[label]})
+    table = training_rows(stage, sft.steps * sft.batch_size)
+    rows = [
+        {"input_ids": question + answers[label], "labels": [-100] * len(question) + answers[label]}
+        for question, label in zip(prompt_ids(tokenizer, prompt, table["sentence"]), table["label"], strict=True)
+    ]
     config = SFTConfig(
         **shared_arguments(sft.steps, sft.learning_rate, sft.warmup_share, sft.schedule, stage_seed(stage)),
         per_device_train_batch_size=sft.batch_size,
@@ -232,7 +235,11 @@ def train_sft(stage: Stage) -> Outcome:
 
     def build(callback):
         return SFTTrainer(
-            stage.policy, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[callback]
+            stage.policy,
+            config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[callback],
         )
 
     return run_trainer(stage, build, sft.steps, sft.steps * sft.batch_size, check_reference=False)
@@ -257,12 +264,14 @@ def train_rl(stage: Stage) -> Outcome:
     group = rl.answers_per_prompt
 
     def label_reward(completions: list, label: list[int], **_: Any) -> list[float]:
-        return [reward(gold, parse(prompt, answer[0]["content"])) for gold, answer in zip(label, completions, strict=True)]
+        return [
+            reward(gold, parse(prompt, answer[0]["content"])) for gold, answer in zip(label, completions, strict=True)
+        ]
 
     @torch.no_grad()
     def sample_groups(chats: list, trainer: GRPOTrainer) -> dict[str, Any]:
-        questions = [chat_ids(tokenizer, chat) for chat in chats[::group]]
-        prefix = Prefix(trainer.model, questions, tokenizer.pad_token_id, copies=group)
+        questions = chat_ids(tokenizer, chats[::group])
+        prefix = Prefix(stage.policy, questions, tokenizer.pad_token_id, copies=group)
         answers = prefix.answers(tokenizer.eos_token_id, rl.max_new_tokens)
         return {"prompt_ids": [q for q in questions for _ in range(group)], "completion_ids": answers, "logprobs": None}
 
@@ -286,8 +295,13 @@ def train_rl(stage: Stage) -> Outcome:
 
     def build(callback):
         return DistinctGRPOTrainer(
-            stage.policy, label_reward, config, train_dataset=dataset, processing_class=tokenizer,
-            callbacks=[callback], rollout_func=sample_groups,
+            stage.policy,
+            label_reward,
+            config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[callback],
+            rollout_func=sample_groups,
         )
 
     return run_trainer(stage, build, rl.steps, rl.steps * rl.prompts_per_step * group, check_reference=rl.beta > 0)
@@ -339,10 +353,18 @@ def write_stage(stage: Stage, outcome: Outcome) -> Path:
     outcome.log.to_csv(partial / "log.csv", index=False)
     models.save_policy(stage.policy, partial / runs.POLICY)
     runs.write_metrics(
-        partial, stage.study, run=stage.run, stage=stage.study.run(stage.run).stage, parent=stage.parent,
-        seed=stage.seed, evaluation=metrics, training=outcome.training,
+        partial,
+        stage.study,
+        run=stage.run,
+        stage=stage.study.run(stage.run).stage,
+        parent=stage.parent,
+        seed=stage.seed,
+        evaluation=metrics,
+        training=outcome.training,
         provenance=runs.describe_provenance(
-            stage.study, stage.started, data_sha256=runs.file_hashes(data_folder(stage.study, stage.root), "*.tsv"),
+            stage.study,
+            stage.started,
+            data_sha256=runs.file_hashes(data_folder(stage.study, stage.root), "*.tsv"),
             run_parameters=stage.settings.model_dump(),
         ),
     )

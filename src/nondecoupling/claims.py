@@ -1,0 +1,254 @@
+"""The claims, the quantity that decides each, and the rule of the verdict: all fixed before any run.
+
+**The rule.** For every seed the quantity is the difference of one metric between two policies of that seed, on the same
+dev sentences. With the 95 % t interval of its mean over seeds, a claim is
+
+* *reproduced* if the whole interval lies on the claimed side of zero,
+* *not reproduced* if the whole interval lies on the other side,
+* *inconclusive* if the interval includes zero, or if there is only one seed.
+
+A policy is *collapsed* if it gives one answer to at least 98 % of the sentences and its Matthews correlation is below
+0.05 in absolute value: it has learnt the majority label and nothing else. The verdict's note says where that happened.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from nondecoupling import corpus, runs, theory
+from nondecoupling.profile import Study
+from nondecoupling.statistics import mean_interval, paired_test
+
+Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
+
+COLLAPSED_SHARE = 0.98
+COLLAPSED_MCC = 0.05
+STATES = ["base", "sft", "sft-rl", "rl", "rl-sft"]
+
+
+class Claim(NamedTuple):
+    """A statement about ``metric(after) - metric(before)`` and the sign it claims. ``paper`` is the paper's number."""
+
+    id: str
+    statement: str
+    metric: str
+    after: str
+    before: str
+    sign: int
+    paper: str
+
+
+# mean@1 in the paper: 0.385 after RL and 0.343 after SFT, that is 365 and 354 of CoLA's 527 sentences.
+CLAIMS = [
+    Claim("A1", "RL after SFT raises the SFT loss", "sft_loss", "sft-rl", "sft", +1, "rises sharply"),
+    Claim("A2", "After RL the SFT loss ends above the base model's", "sft_loss", "sft-rl", "base", +1, "above base"),
+    Claim("B1", "SFT after RL lowers the reward of sampled answers", "reward_sampled", "rl-sft", "rl", -1, "-0.042"),
+    Claim("B2", "the same, without sampling noise", "reward_exact", "rl-sft", "rl", -1, "-0.042"),
+    Claim("B3", "SFT after RL lowers the reward of greedy answers", "reward_greedy", "rl-sft", "rl", -1, "-0.042"),
+    Claim("O1", "(ours) RL after SFT raises the reward of sampled answers", "reward_exact", "sft-rl", "sft", +1, "-"),
+]
+
+
+def verdict_of(low: float, high: float, sign: int) -> Verdict:
+    """The verdict for a 95 % interval and the claimed sign; nan bounds (one seed) are inconclusive."""
+    if math.isnan(low) or low <= 0 <= high:
+        return "inconclusive"
+    return "reproduced" if (low > 0) == (sign > 0) else "not reproduced"
+
+
+def is_collapsed(metrics: pd.DataFrame) -> pd.Series:
+    """For each row of metrics, whether the policy gives (nearly) one answer to everything."""
+    rate = metrics["predicted_acceptable_rate"]
+    return (rate.clip(lower=1 - rate) >= COLLAPSED_SHARE) & (metrics["mcc"].abs() < COLLAPSED_MCC)
+
+
+def label_log_odds(folder: Path) -> tuple[np.ndarray, pd.DataFrame]:
+    """log p(acceptable) - log p(unacceptable) of a run on dev, (sentences,), and its predictions."""
+    answers = runs.read_predictions(folder)
+    return (answers["logp_acceptable"] - answers["logp_unacceptable"]).to_numpy(), answers
+
+
+def predictions_of_theory(study: Study, root: Path, metrics: pd.DataFrame) -> dict[str, float]:
+    """What the closed forms predict for each claim where the disagreement is known; empty for real data.
+
+    They assume a learner that knows the grammar and stages at their optimum: SFT ends calibrated (loss H(q), reward
+    (2q-1)^2), RL ends at its closed form. For RL from the base that is the measured base policy, tilted by the expected
+    reward of each dev sentence.
+    """
+    if study.profile.data.folder:
+        return {}
+    disagreement, beta = study.profile.data.disagreement, study.profile.rl.beta
+    q = 1 - disagreement
+    log_odds, answers = label_log_odds(root / "base")
+    marks = corpus.read_tsv(root / "data" / corpus.FILES["dev"]).set_index("sentence")["mark"]
+    truth = (marks.loc[answers["sentence"]] == "").to_numpy(dtype=int)
+    tilted = theory.tilted_log_odds(log_odds, truth, disagreement, beta)
+    deficit = float(theory.calibrated_reward(q)) - theory.expected_reward_of_odds(tilted, truth, disagreement)
+    base_loss = metrics.loc[metrics["run"] == "base", "sft_loss"].mean()
+    return {
+        "A1": float(theory.rl_loss(q, beta) - theory.calibrated_loss(q)),
+        "A2": float(theory.rl_loss(q, beta)) - base_loss,
+        "B1": deficit,
+        "B2": deficit,
+        "B3": 0.0,
+        "O1": float(theory.rl_reward(q, beta) - theory.calibrated_reward(q)),
+    }
+
+
+def frontier_from_policies(root: Path, metrics: pd.DataFrame, betas: Iterable[float]) -> pd.DataFrame:
+    """``sft_loss, reward`` per beta, means over seeds: the measured SFT policies at RL's closed form.
+
+    The policies are taken to be calibrated (`theory.self_tilted_log_odds`); both are measured against the dev labels.
+    """
+    odds = [label_log_odds(runs.run_folder(root, "sft", seed)) for seed in metrics["seed"].unique()]
+    points = []
+    for beta in betas:
+        tilted = [(theory.self_tilted_log_odds(log_odds, beta), answers["label"]) for log_odds, answers in odds]
+        points.append(
+            {
+                "sft_loss": float(np.mean([theory.expected_loss(*pair, 0.0) for pair in tilted])),
+                "reward": float(np.mean([theory.expected_reward_of_odds(*pair, 0.0) for pair in tilted])),
+            }
+        )
+    return pd.DataFrame(points)
+
+
+def predictions_from_policies(study: Study, root: Path, metrics: pd.DataFrame) -> dict[str, float]:
+    """What the measured policies predict for each claim, means over seeds; needs no known disagreement.
+
+    RL after SFT: the measured SFT policy, taken to be calibrated, at the closed form (`theory.self_tilted_log_odds`);
+    RL learns nothing else. SFT after RL: SFT ends where it ends from the base, because its optimum does not depend on
+    where it starts.
+    """
+    start, end = frontier_from_policies(root, metrics, [1e6, study.profile.rl.beta]).itertuples(index=False)
+    mean = metrics.groupby("run")[["sft_loss", "reward_exact", "reward_sampled", "reward_greedy"]].mean()
+    fall = mean.loc["sft"] - mean.loc["rl"]
+    rise = end.sft_loss - start.sft_loss
+    return {
+        "A1": rise,
+        "A2": float(mean.loc["sft", "sft_loss"] + rise - mean.loc["base", "sft_loss"]),
+        "B1": float(fall["reward_sampled"]),
+        "B2": float(fall["reward_exact"]),
+        "B3": float(fall["reward_greedy"]),
+        "O1": end.reward - start.reward,
+    }
+
+
+def judge_claims(
+    metrics: pd.DataFrame, predicted: dict[str, float], from_policies: dict[str, float]
+) -> list[dict[str, Any]]:
+    """One row per claim, ready for claims.json, from final metrics as `runs.read_metrics` gives them."""
+    rows, collapsed = [], metrics.assign(collapsed=is_collapsed(metrics)).groupby("run")["collapsed"].sum()
+    for claim in CLAIMS:
+        by_seed = metrics.pivot(index="seed", columns="run", values=claim.metric)
+        differences = (by_seed[claim.after] - by_seed[claim.before]).to_numpy()
+        interval, test = mean_interval(differences), paired_test(differences)
+        notes = [
+            f"'{run}' collapsed to one answer in {collapsed[run]} of {interval.n} seeds"
+            for run in (claim.before, claim.after)
+            if collapsed[run]
+        ]
+        rows.append(
+            {
+                "id": claim.id,
+                "statement": claim.statement,
+                "quantity": f"{claim.metric}: {claim.after} - {claim.before}",
+                "paper": claim.paper,
+                "predicted": predicted.get(claim.id),
+                "predicted_from_policies": from_policies[claim.id],
+                "estimate": interval.mean,
+                "ci95": None if math.isnan(interval.low) else [interval.low, interval.high],
+                "seeds": interval.n,
+                "test": test.name,
+                "p_value": None if math.isnan(test.p_value) else test.p_value,
+                "verdict": verdict_of(interval.low, interval.high, claim.sign),
+                "note": "; ".join(notes),
+            }
+        )
+    return rows
+
+
+def claims_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The claims for reading: numbers as signed text with their interval."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:+.3f}"
+
+    return pd.DataFrame(
+        {
+            "claim": f"{row['id']}: {row['statement']}",
+            "paper": row["paper"],
+            "predicted": number(row["predicted"]),
+            "from the policy": number(row["predicted_from_policies"]),
+            "measured": number(row["estimate"]),
+            "95 % interval": "-" if row["ci95"] is None else f"[{row['ci95'][0]:+.3f}, {row['ci95'][1]:+.3f}]",
+            "p": "-" if row["p_value"] is None else f"{row['p_value']:.2g}",
+            "verdict": row["verdict"] + (f" ({row['note']})" if row["note"] else ""),
+        }
+        for row in rows
+    )
+
+
+def states_table(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds of the metrics that tell a skill from a collapse, one row per policy."""
+    columns = [
+        "sft_loss",
+        "label_mass",
+        "reward_exact",
+        "reward_sampled",
+        "reward_sampled_strict",
+        "reward_greedy",
+        "majority_reward",
+        "accuracy",
+        "balanced_accuracy",
+        "mcc",
+        "predicted_acceptable_rate",
+    ]
+    means = metrics.groupby("run", sort=False)[columns].mean()
+    counts = (
+        metrics.assign(collapsed=is_collapsed(metrics)).groupby("run", sort=False)["collapsed"].agg(["sum", "size"])
+    )
+    means["collapsed"] = [f"{done} of {n}" if done else "no" for done, n in counts.itertuples(index=False)]
+    return means
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """``table`` without its index as a Markdown table."""
+    rows = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def readme_tables(rows: list[dict[str, Any]], metrics: pd.DataFrame) -> str:
+    """The claims and the policies of a study as the two Markdown tables that the README shows."""
+    shown = ["sft_loss", "reward_exact", "reward_greedy", "majority_reward", "mcc", "collapsed"]
+    states = states_table(metrics)[shown].map(lambda value: value if isinstance(value, str) else f"{value:.3f}")
+    names = {"sft_loss": "SFT loss", "reward_exact": "reward, sampled", "reward_greedy": "reward, greedy"}
+    states = states.rename(columns=names | {"majority_reward": "majority answer", "mcc": "MCC"}).reset_index()
+    return markdown_table(claims_table(rows)) + "\n\n" + markdown_table(states.rename(columns={"run": "policy"}))
+
+
+def compare_claims(fresh: list[dict[str, Any]], reference: list[dict[str, Any]]) -> pd.DataFrame:
+    """Fresh claims next to the reference, one row each, PASS or FAIL.
+
+    A row passes if the verdicts agree and the two 95 % intervals overlap: arithmetic differs between machines, and a
+    trained policy with it, but not by more than seeds do. Raises ValueError if the two list different claims.
+    """
+    if [row["id"] for row in fresh] != [row["id"] for row in reference]:
+        raise ValueError("The two sets of claims differ; compare results of the same version of this artifact.")
+    rows = []
+    for new, old in zip(fresh, reference, strict=True):
+        (low, high), (known_low, known_high) = (row["ci95"] or [row["estimate"]] * 2 for row in (new, old))
+        agrees = new["verdict"] == old["verdict"] and low <= known_high and known_low <= high
+        rows.append(
+            {
+                "claim": new["id"],
+                "fresh": f"{new['estimate']:+.3f} [{low:+.3f}, {high:+.3f}] {new['verdict']}",
+                "reference": f"{old['estimate']:+.3f} [{known_low:+.3f}, {known_high:+.3f}] {old['verdict']}",
+                "result": "PASS" if agrees else "FAIL",
+            }
+        )
+    return pd.DataFrame(rows)

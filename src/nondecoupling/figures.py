@@ -1,0 +1,174 @@
+"""One function per figure, in seaborn's colour-blind palette; reference lines are labelled in place."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.special import expit
+
+NAMES = {
+    "base": "base",
+    "sft": "SFT",
+    "sft-rl": "SFT → RL",
+    "rl": "RL",
+    "rl-sft": "RL → SFT",
+}
+COLOURS = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)), strict=True))
+
+
+def set_style() -> None:
+    """Readable text, light grid, vector text kept as text."""
+    sns.set_theme(style="whitegrid", context="notebook", rc={"svg.fonttype": "none", "figure.dpi": 100})
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """Write ``figure`` to ``folder`` as PNG and as SVG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for ending in ("png", "svg"):
+        figure.savefig(folder / f"{name}.{ending}", bbox_inches="tight", dpi=150)
+
+
+def label_levels(axes: Axes, levels: dict[str, float]) -> None:
+    """Horizontal lines across ``axes``, their meaning at the right end; close labels are moved apart. Call it last."""
+    low, high = axes.get_ylim()
+    low, high = min(low, *levels.values()), max(high, *levels.values())
+    margin = 0.03 * (high - low)
+    axes.set_ylim(low - margin, high + margin)
+    free = low - margin
+    for text, value in sorted(levels.items(), key=lambda item: item[1]):
+        axes.axhline(value, color="0.35", linestyle="--", linewidth=1.2, zorder=1)
+        place = max(value, free)
+        free = place + 0.05 * (high - low)
+        axes.annotate(
+            f"{text}: {value:.3f}",
+            (1.0, value),
+            (1.03, place),
+            xycoords=("axes fraction", "data"),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            fontsize=9,
+            color="0.25",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.8},
+        )
+
+
+def pipeline(trajectories: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
+    """Trajectories of two consecutive runs on one axis: the second starts where the first ends."""
+    one, two = (trajectories[trajectories["run"] == run] for run in (first, second))
+    return pd.concat([one.assign(at=one["step"]), two.assign(at=two["step"] + one["step"].max())], ignore_index=True)
+
+
+def draw_pipeline(axes: Axes, trajectories: pd.DataFrame, first: str, second: str, metric: str, **line) -> None:
+    """Mean and 95 % interval over seeds of ``metric`` along two stages, and every seed as a thin line."""
+    path = pipeline(trajectories, first, second)
+    for run in (first, second):
+        part = path[path["run"] == run]
+        sns.lineplot(part, x="at", y=metric, color=COLOURS[run], errorbar=("ci", 95), seed=0, ax=axes, **line)
+        for _, one in part.groupby("seed"):
+            axes.plot(one["at"], one[metric], color=COLOURS[run], linewidth=0.6, alpha=0.5)
+    border = path.loc[path["run"] == second, "at"].min()
+    axes.axvline(border, color="0.6", linewidth=1)
+    for run, x, side in ((first, border, "right"), (second, border, "left")):
+        axes.annotate(
+            f"  {NAMES[run]}  ",
+            (x, 1.02),
+            xycoords=("data", "axes fraction"),
+            ha=side,
+            color=COLOURS[run],
+            weight="bold",
+        )
+    axes.set_xlabel("training steps of the two stages")
+
+
+def draw_loss(trajectories: pd.DataFrame, levels: dict[str, float]) -> Figure:
+    """Experiment A: SFT loss along base → SFT → RL with the labelled ``levels``."""
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    draw_pipeline(axes, trajectories, "sft", "sft-rl", "sft_loss", linewidth=2.2)
+    label_levels(axes, levels)
+    axes.set_ylabel("SFT loss on dev, nats per response")
+    axes.set_title("Experiment A: RL after SFT", pad=24)
+    return figure
+
+
+def draw_reward(trajectories: pd.DataFrame, levels: dict[str, float]) -> Figure:
+    """Experiment B: reward along base → RL → SFT, sampled (expected, solid) and greedy (dashed), with ``levels``."""
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    draw_pipeline(axes, trajectories, "rl", "rl-sft", "reward_exact", linewidth=2.2)
+    path = pipeline(trajectories, "rl", "rl-sft")
+    for run, part in path.groupby("run"):
+        sns.lineplot(part, x="at", y="reward_greedy", color=COLOURS[run], errorbar=None, linestyle="--", ax=axes)
+    label_levels(axes, levels)
+    axes.set_ylabel("reward on dev (solid: sampled, dashed: greedy)")
+    axes.set_title("Experiment B: SFT after RL", pad=24)
+    return figure
+
+
+def draw_plane(
+    trajectories: pd.DataFrame, base: pd.Series, majority: float, frontiers: dict[str, pd.DataFrame]
+) -> Figure:
+    """Both pipelines as paths in the (SFT loss, sampled reward) plane; each mark is a mean over seeds.
+
+    ``frontiers`` maps a label to columns ``sft_loss, reward``: what RL's closed form traces as beta falls.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5.4))
+    for (label, frontier), shade in zip(frontiers.items(), ("0.35", "0.7"), strict=False):
+        axes.plot(frontier["sft_loss"], frontier["reward"], color=shade, linewidth=6, alpha=0.35, zorder=0, label=label)
+    mean = trajectories.groupby(["run", "step"], as_index=False)[["sft_loss", "reward_exact"]].mean()
+    for run in ("sft", "sft-rl", "rl", "rl-sft"):
+        part = mean[mean["run"] == run]
+        axes.plot(
+            part["sft_loss"], part["reward_exact"], color=COLOURS[run], marker="o", markersize=4, label=NAMES[run]
+        )
+        axes.plot(
+            part["sft_loss"].iloc[-1], part["reward_exact"].iloc[-1], color=COLOURS[run], marker="*", markersize=15
+        )
+    axes.plot(
+        base["sft_loss"],
+        base["reward_exact"],
+        color=COLOURS["base"],
+        marker="s",
+        markersize=9,
+        linestyle="none",
+        label="base",
+    )
+    label_levels(axes, {"majority answer": majority})
+    axes.set(
+        xlabel="SFT loss on dev, nats per response (lower is better)",
+        ylabel="reward of sampled answers on dev (higher is better)",
+        title="Two goals, two orders",
+    )
+    axes.legend(loc="lower right", frameon=True, fontsize=9)
+    return figure
+
+
+def draw_calibration(predictions: dict[str, pd.DataFrame], levels: list[float]) -> Figure:
+    """How sure each policy is, and how right that is.
+
+    Above: histograms of p(acceptable), with ``levels`` (what calibrated answers would be) as dotted lines. Below: the
+    share of sentences labelled acceptable against p(acceptable), in ten bins; the diagonal is calibration.
+    ``predictions`` maps runs to the pooled predictions of all seeds.
+    """
+    figure, axes = plt.subplots(2, len(predictions), figsize=(2.9 * len(predictions), 5.2), sharex=True, sharey="row")
+    bins = np.linspace(0, 1, 11)
+    for (run, table), (above, below) in zip(predictions.items(), axes.T, strict=True):
+        p = pd.Series(expit(table["logp_acceptable"] - table["logp_unacceptable"]).to_numpy())
+        sns.histplot(x=p, bins=np.linspace(0, 1, 21), stat="probability", color=COLOURS[run], ax=above)
+        above.set_title(NAMES[run], color=COLOURS[run], weight="bold")
+        for level in levels:
+            above.axvline(level, color="0.25", linestyle=":")
+        groups = pd.DataFrame({"p": p, "label": table["label"].to_numpy()}).groupby(
+            pd.cut(p, bins, include_lowest=True), observed=True
+        )
+        points = groups.agg(p=("p", "mean"), share=("label", "mean"), n=("label", "size"))
+        below.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+        below.scatter(points["p"], points["share"], s=8 + 400 * points["n"] / len(p), color=COLOURS[run], alpha=0.8)
+        below.set_xlabel("p(acceptable)")
+    axes[0, 0].set_ylabel("share of sentences")
+    axes[1, 0].set_ylabel("labelled acceptable")
+    figure.tight_layout()
+    return figure

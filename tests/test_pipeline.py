@@ -1,0 +1,122 @@
+"""The Makefile from the outside: a whole study at toy size, what a second make does, and what it says when asked."""
+
+import json
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Toy sizes: everything runs, nothing is learnt.
+TOY = " ".join(
+    [
+        "data.train_size=300",
+        "data.dev_size=60",
+        "pretrain.corpus_size=500",
+        "pretrain.probe_size=50",
+        "pretrain.probe_every=5",
+        "pretrain.probe_target=0.0",
+        "sft.steps=4",
+        "sft.learning_rate=0.0001",
+        "rl.steps=2",
+        "rl.prompts_per_step=2",
+        "rl.answers_per_prompt=4",
+        "evaluation.points=2",
+        "evaluation.train_size=50",
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+def make(results: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"NONDECOUPLING_RESULTS": str(results), "PYTHONWARNINGS": "ignore"}
+    command = ["make", *arguments, "SEEDS=0-1", "JOBS=2", f"SET={TOY}"]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def study(results):
+    done = make(results, "reproduce")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = results.iterdir()
+    return folder, done.stdout
+
+
+def test_reproduce_leaves_every_result(study):
+    folder, printed = study
+    for seed in (0, 1):
+        for run in ("sft", "sft-rl", "rl", "rl-sft"):
+            metrics = json.loads((folder / f"seed{seed}" / run / "metrics.json").read_text())
+            assert (metrics["run"], metrics["seed"], metrics["status"]) == (run, seed, "complete")
+            assert {path.name for path in (folder / f"seed{seed}" / run).iterdir()} >= {
+                "metrics.json",
+                "trajectory.csv",
+                "predictions.parquet",
+                "notebook.ipynb",
+                "policy",
+            }
+    claims = json.loads((folder / "claims.json").read_text())
+    assert {row["seeds"] for row in claims} == {2}
+    for row in claims:
+        assert f"{row['estimate']:+.3f}" in printed
+    assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".svg"}
+    assert not [path for path in folder.rglob("*") if "partial" in path.name or "failed" in path.name]
+
+
+def test_report_is_one_file_that_needs_no_network(study):
+    page = (study[0] / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64" in page
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[\"']https?://", page)
+
+
+def test_second_make_executes_nothing(results, study):
+    start = time.perf_counter()
+    done = make(results, "reproduce")
+    assert done.returncode == 0
+    assert " · " not in done.stdout
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("edited", "rerun"),
+    [
+        ("src/nondecoupling/figures.py", {"claims"}),
+        ("src/nondecoupling/claims.py", {"claims"}),
+        ("notebooks/04_rl.ipynb", {"sft-rl", "rl", "rl-sft", "theory", "claims"}),
+    ],
+)
+def test_edit_reruns_only_what_depends_on_it(study, edited, rerun):
+    rules = study[0] / "plan.mk"
+    command = ["make", "-n", "-f", str(rules), "-W", str(REPOSITORY / edited), "study"]
+    planned = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"--run (\S+)", planned)) == rerun
+
+
+def test_list_shows_every_run_complete(results, study):
+    lines = make(results, "list").stdout.splitlines()
+    assert len(lines) == 2 + 2 * 4 + 2
+    assert all(line.startswith("complete") for line in lines)
+
+
+def test_verify_without_reference_says_so(results, study):
+    done = make(results, "verify")
+    assert done.returncode != 0
+    assert "there is nothing to compare" in done.stderr
+
+
+def test_help_is_the_default_and_names_every_target():
+    printed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    for target in ("setup", "reproduce", "list", "lab", "test", "lint", "verify", "report", "clean"):
+        assert f"make {target}" in printed
+
+
+def test_clean_removes_the_study(results, study):
+    assert make(results, "clean").returncode == 0
+    assert not study[0].exists()
