@@ -22,7 +22,7 @@ endif
 STUDY   = --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set '$(SET)' --seeds "$(SEEDS)"
 EXECUTE = $(PYTHON) -m nondecoupling.execute
 
-.PHONY: FORCE help setup reproduce list lab test lint verify report reference notebooks clean
+.PHONY: FORCE help setup reproduce theory list lab test lint verify report reference notebooks clean
 
 help: ## print the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
@@ -39,6 +39,9 @@ setup: $(READY) ## create .venv from requirements.lock (all other targets do it 
 
 reproduce: $(READY) ## run the study: data, base model, both experiments for every seed, claims, report
 	@$(EXECUTE) reproduce $(STUDY) --jobs $(JOBS)
+
+theory: $(READY) ## also run the sweep of beta that notebook 6 compares with the closed form
+	@$(EXECUTE) theory $(STUDY) --jobs $(JOBS)
 
 results/%.json: $(READY) FORCE
 	@$(EXECUTE) reproduce $(STUDY) --jobs $(JOBS) --target $@

@@ -147,11 +147,7 @@ def judge_claims(
         by_seed = metrics.pivot(index="seed", columns="run", values=claim.metric)
         differences = (by_seed[claim.after] - by_seed[claim.before]).to_numpy()
         interval, test = mean_interval(differences), paired_test(differences)
-        notes = [
-            f"'{run}' collapsed to one answer in {collapsed[run]} of {interval.n} seeds"
-            for run in (claim.before, claim.after)
-            if collapsed[run]
-        ]
+        fallen = [f"{run} {collapsed[run]}/{interval.n}" for run in (claim.before, claim.after) if collapsed[run]]
         rows.append(
             {
                 "id": claim.id,
@@ -166,7 +162,7 @@ def judge_claims(
                 "test": test.name,
                 "p_value": None if math.isnan(test.p_value) else test.p_value,
                 "verdict": verdict_of(interval.low, interval.high, claim.sign),
-                "note": "; ".join(notes),
+                "note": f"collapsed: {', '.join(fallen)}" if fallen else "",
             }
         )
     return rows

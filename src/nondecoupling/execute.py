@@ -85,7 +85,7 @@ def relevant_settings(study: Study, run: str) -> dict[str, Any]:
     return {section: profile.model_dump()[section] for section in SETTINGS_OF[stage]}
 
 
-def prerequisites(study: Study, root: Path, run: str, seed: int, seeds: list[int]) -> list[Path]:
+def prerequisites(study: Study, root: Path, run: str, seed: int, plan: list[tuple[str, int]]) -> list[Path]:
     """Files that the result of ``run`` is made from: notebook, modules, settings, and the runs before it."""
     notebook = NOTEBOOKS / f"{NOTEBOOK_OF[stage_of(study, run)]}.ipynb"
     files = [notebook, *used_modules(notebook), root / "settings" / f"{run}.json"]
@@ -98,19 +98,20 @@ def prerequisites(study: Study, root: Path, run: str, seed: int, seeds: list[int
     if run == "claims":
         files.append(target_of(root, "theory", 0))
     if run in SUMMARIES:
-        return files + [target_of(root, entry.name, s) for s in seeds for entry in study.profile.runs]
+        return files + [target_of(root, *entry) for entry in plan if entry[0] not in (*runs.SHARED_RUNS, *SUMMARIES)]
     return [*files, target_of(root, study.run(run).parent, seed)]
 
 
-def planned_runs(study: Study, seeds: list[int]) -> list[tuple[str, int]]:
+def planned_runs(study: Study, seeds: list[int], sweep: bool) -> list[tuple[str, int]]:
     """All (run, seed) pairs of a study in an order in which they can be executed."""
-    stages = [(entry.name, seed) for seed in seeds for entry in study.profile.runs]
+    entries = study.runs_of("main") + (study.runs_of("sweep") if sweep else [])
+    stages = [(entry.name, seed) for seed in seeds for entry in entries]
     return [("data", 0), ("base", 0), *stages, ("theory", 0), ("claims", 0)]
 
 
-def write_rules(study: Study, seeds: list[int], seeds_text: str, args: argparse.Namespace) -> Path:
-    """Write the study's make rules (and the settings they depend on) to its folder; returns the rules' file."""
-    root = runs.study_folder(study)
+def write_rules(study: Study, plan: list[tuple[str, int]], seeds_text: str, args: argparse.Namespace) -> Path:
+    """Write make rules for ``plan``, and the settings they depend on, to the study's folder; returns their file."""
+    root, seeds = runs.study_folder(study), parse_seeds(seeds_text)
     (root / "settings").mkdir(parents=True, exist_ok=True)
     command = shlex.join(
         [sys.executable, "-m", "nondecoupling.execute", "{action}", "--profile", args.profile, "--data", args.data]
@@ -123,12 +124,12 @@ def write_rules(study: Study, seeds: list[int], seeds_text: str, args: argparse.
         f"{report}: {claims}",
         "\t@" + command.replace("{action}", "report") + " > /dev/null",
     ]
-    for run, seed in planned_runs(study, seeds):
+    for run, seed in plan:
         settings = root / "settings" / f"{run}.json"
         content = relevant_settings(study, run) | ({"seeds": seeds} if run in SUMMARIES else {})
         if not settings.exists() or runs.read_json(settings) != content:
             runs.write_json(settings, content)
-        files = " ".join(str(path) for path in prerequisites(study, root, run, seed, seeds))
+        files = " ".join(str(path) for path in prerequisites(study, root, run, seed, plan))
         recipe = f"\t@{command.replace('{action}', 'run')} --run {run} --seed {seed}"
         lines += ["", f"{target_of(root, run, seed)}: {files}", recipe]
     rules = root / "plan.mk"
@@ -205,7 +206,7 @@ def quiet_environment() -> None:
 def status_lines(study: Study, seeds: list[int]) -> list[str]:
     """One line per planned run: its state, and its folder or file."""
     root, lines = runs.study_folder(study), []
-    for run, seed in planned_runs(study, seeds):
+    for run, seed in planned_runs(study, seeds, sweep=True):
         target = target_of(root, run, seed)
         base = target if run in SUMMARIES else target.parent
         states = {
@@ -215,7 +216,7 @@ def status_lines(study: Study, seeds: list[int]) -> list[str]:
         }
         state = next((name for name, holds in states.items() if holds), "missing")
         who = run if run in (*runs.SHARED_RUNS, *SUMMARIES) else f"seed {seed} · {run}"
-        lines.append(f"{state:<12}{who:<18}{base}")
+        lines.append(f"{state:<12} {who:<26} {base}")
     return lines
 
 
@@ -229,7 +230,13 @@ def write_report(study: Study) -> Path:
     if not source.exists():
         raise FileNotFoundError(f"{source} is not there; finish the study first (make reproduce).")
     # Formulas are written in plain text in that notebook, so neither MathJax nor RequireJS is needed.
-    offline = {"exclude_input": True, "embed_images": True, "mathjax_url": "", "require_js_url": ""}
+    offline = {
+        "exclude_input": True,
+        "exclude_output_prompt": True,
+        "embed_images": True,
+        "mathjax_url": "",
+        "require_js_url": "",
+    }
     page, _ = HTMLExporter(config=Config({"HTMLExporter": offline})).from_filename(str(source))
     page = page.replace("<title>claims</title>", f"<title>nondecoupling: {study.name}</title>")
     temporary, report = root / "report.html.tmp", root / "report.html"
@@ -239,20 +246,32 @@ def write_report(study: Study) -> Path:
 
 
 def command_reproduce(study: Study, args: argparse.Namespace) -> None:
-    start = time.perf_counter()
-    seeds = args.seeds or study.profile.seeds
-    chosen = parse_seeds(seeds)
-    rules = write_rules(study, chosen, seeds, args)
-    done = len(runs.complete_runs(runs.study_folder(study), study, chosen))
-    total = len(chosen) * len(study.profile.runs)
-    print(f"profile {args.profile}, study '{study.name}': {total} runs, {done} of them done, {args.jobs} at a time")
+    make_study(study, args, sweep=False)
+
+
+def command_theory(study: Study, args: argparse.Namespace) -> None:
+    make_study(study, args, sweep=True)
+
+
+def make_study(study: Study, args: argparse.Namespace, sweep: bool) -> None:
+    """Let make execute what is missing of the study, then print its claims."""
+    start, seeds_text, root = time.perf_counter(), args.seeds or study.profile.seeds, runs.study_folder(study)
+    seeds = parse_seeds(seeds_text)
+    # A finished sweep stays part of the study, so that make reproduce after make theory executes nothing.
+    sweep = sweep or bool(study.runs_of("sweep")) and not runs.missing_runs(root, study, seeds, "sweep")
+    plan = planned_runs(study, seeds, sweep)
+    rules = write_rules(study, plan, seeds_text, args)
+    missing = sum(not target_of(root, *entry).exists() for entry in plan)
+    print(
+        f"study '{study.name}': {len(plan)} notebooks, {missing} without a result yet, {args.jobs} at a time",
+        flush=True,
+    )
     goal = [str(Path(args.target).resolve())] if args.target else ["study"]
     made = subprocess.run(["make", "--no-print-directory", f"-j{args.jobs}", "-f", str(rules), *goal], check=False)
     if made.returncode:
         raise RuntimeError(
-            "the study is not complete; what is finished is kept, and make reproduce goes on from there."
+            "the study is not complete; what is finished is kept, and make goes on from there next time."
         )
-    root = runs.study_folder(study)
     if not args.target:
         print_claims(root)
     print(f"{time.perf_counter() - start:.0f} s")
@@ -262,8 +281,8 @@ def print_claims(root: Path) -> None:
     """Print the claims table and where everything is."""
     from nondecoupling.claims import claims_table
 
-    table = claims_table(runs.read_json(root / "claims.json")).drop(columns=["p"])
-    print(table.to_string(index=False, max_colwidth=60))
+    rows = runs.read_json(root / "claims.json")
+    print(claims_table(rows).drop(columns=["p"]).to_string(index=False))
     print(f"\nreport:  {root / 'report.html'}\nfigures: {root / 'figures'}\nclaims:  {root / 'claims.json'}")
 
 
@@ -329,11 +348,12 @@ def command_reference(study: Study, args: argparse.Namespace) -> None:
 
     seeds = parse_seeds(args.seeds or study.profile.seeds)
     root, reference = runs.study_folder(study), runs.reference_folder(study)
-    if len(runs.complete_runs(root, study, seeds)) < len(seeds) * len(study.profile.runs):
+    if runs.missing_runs(root, study, seeds):
         raise RuntimeError(f"{root} is not complete; finish the study first (make reproduce).")
     shutil.rmtree(reference, ignore_errors=True)
     real = study.profile.data.folder is not None
-    for run, seed in planned_runs(study, seeds)[:-2]:
+    sweep = not runs.missing_runs(root, study, seeds, "sweep")
+    for run, seed in planned_runs(study, seeds, sweep)[:-2]:
         source, copy = (runs.run_folder(folder, run, seed) for folder in (root, reference))
         copy.mkdir(parents=True)
         for name in (runs.METRICS, runs.TRAJECTORY):
@@ -374,6 +394,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line of the Makefile; prints one sentence and returns 1 when something is wrong."""
     commands: dict[str, Callable[[Study, argparse.Namespace], None]] = {
         "reproduce": command_reproduce,
+        "theory": command_theory,
         "run": command_run,
         "list": command_list,
         "report": command_report,

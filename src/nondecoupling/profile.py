@@ -113,9 +113,13 @@ class Evaluation(Section):
 
 
 class Run(Section):
-    """One stage of the plan: ``name`` = ``stage`` applied to the policy of ``parent``."""
+    """One stage of the plan: ``name`` = ``stage`` applied to the policy of ``parent``.
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    ``make reproduce`` runs the group "main", ``make theory`` also the group "sweep".
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+([-.][a-z0-9]+)*$")]
+    group: Literal["main", "sweep"] = "main"
     stage: Literal["sft", "rl"]
     parent: str
     overrides: dict[str, Any] = {}
@@ -160,6 +164,10 @@ class Study(Section):
         if name not in names:
             raise ValueError(f"The plan of '{self.name}' has no run '{name}'{nearest(name, names)}.")
         return self.profile.runs[names.index(name)]
+
+    def runs_of(self, group: str) -> list[Run]:
+        """The plan's entries of one group, parents before children."""
+        return [run for run in self.profile.runs if run.group == group]
 
     def for_run(self, name: str) -> Profile:
         """The profile with the overrides of run ``name`` applied."""

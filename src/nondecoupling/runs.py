@@ -192,10 +192,10 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
 
 
-def complete_runs(root: Path, study: Study, seeds: list[int]) -> list[tuple[str, int]]:
-    """The finished (run, seed) pairs of the plan."""
-    names = [run.name for run in study.profile.runs]
-    return [(name, seed) for seed in seeds for name in names if is_complete(run_folder(root, name, seed))]
+def missing_runs(root: Path, study: Study, seeds: list[int], group: str = "main") -> list[tuple[str, int]]:
+    """The (run, seed) pairs of one group of the plan that are not finished."""
+    names = [run.name for run in study.runs_of(group)]
+    return [(name, seed) for seed in seeds for name in names if not is_complete(run_folder(root, name, seed))]
 
 
 def results_to_read(study: Study, seeds: list[int]) -> Path:
@@ -204,7 +204,7 @@ def results_to_read(study: Study, seeds: list[int]) -> Path:
     Raises FileNotFoundError where neither exists.
     """
     root, reference = study_folder(study), reference_folder(study)
-    if len(complete_runs(root, study, seeds)) == len(seeds) * len(study.profile.runs):
+    if not missing_runs(root, study, seeds):
         return root
     if reference.exists():
         return reference
@@ -214,11 +214,19 @@ def results_to_read(study: Study, seeds: list[int]) -> Path:
     )
 
 
+def sweep_to_read(study: Study, seeds: list[int]) -> Path | None:
+    """Where the sweep of ``seeds`` is finished: the study's folder or the committed reference; None if in neither."""
+    if not study.runs_of("sweep"):
+        return None
+    folders = (study_folder(study), reference_folder(study))
+    return next((folder for folder in folders if not missing_runs(folder, study, seeds, "sweep")), None)
+
+
 def read_metrics(root: Path, study: Study, seeds: list[int], split: str = "dev") -> pd.DataFrame:
     """Final metrics of all runs, one row per (run, seed); the base stands once per seed so that runs can be paired."""
     rows = []
     for seed in seeds:
-        for run in ["base", *(entry.name for entry in study.profile.runs)]:
+        for run in ["base", *(entry.name for entry in study.runs_of("main"))]:
             metrics = read_json(run_folder(root, run, seed) / METRICS)
             rows.append({"run": run, "seed": seed, **metrics["evaluation"][split]})
     return pd.DataFrame(rows)
@@ -229,6 +237,6 @@ def read_trajectories(root: Path, study: Study, seeds: list[int]) -> pd.DataFram
     tables = [
         pd.read_csv(run_folder(root, entry.name, seed) / TRAJECTORY).assign(run=entry.name, seed=seed)
         for seed in seeds
-        for entry in study.profile.runs
+        for entry in study.runs_of("main")
     ]
     return pd.concat(tables, ignore_index=True)

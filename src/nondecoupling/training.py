@@ -96,6 +96,12 @@ def base_folder(study: Study, root: Path) -> Path:
     return Path(study.profile.model.folder) if study.profile.model.folder else root / "base" / runs.POLICY
 
 
+def describe_model(study: Study, base: Path) -> dict[str, Any]:
+    """Which base model this is: its folder's name and the sha256 of its weights."""
+    name = Path(study.profile.model.folder).name if study.profile.model.folder else "pretrained by 02_base"
+    return {"id": name, "sha256": runs.file_hashes(base, "*.safetensors")}
+
+
 def prepare_stage(study: Study, run: str, seed: int, expected: str) -> Stage:
     """Load corpus, tokenizer and the parent's policy for one run of the plan.
 
@@ -365,6 +371,7 @@ def write_stage(stage: Stage, outcome: Outcome) -> Path:
             stage.study,
             stage.started,
             data_sha256=runs.file_hashes(data_folder(stage.study, stage.root), "*.tsv"),
+            model=describe_model(stage.study, stage.base),
             run_parameters=stage.settings.model_dump(),
         ),
     )

@@ -1,0 +1,190 @@
+"""The reader of CoLA-shaped files, by hand and on CoLA itself; the generated corpus and its exact disagreement."""
+
+import csv
+import hashlib
+
+import pandas as pd
+import pytest
+
+from nondecoupling import corpus
+from nondecoupling.profile import Data
+
+AWKWARD = [
+    ("s1", 1, "", 'He said "hello" and left.'),
+    ("s1", 0, "*", "Don't 'quote' \"me."),
+    ("s2", 1, "??", "“Curly” – and a 'single one; commas, too"),
+    ("s2", 0, "", '"'),
+    ("a, b", 1, "", "Backslash \\ and trailing space "),
+]
+
+# Rows, bytes' sha256 and acceptable sentences of CoLA 1.1's public files.
+COLA = {
+    "in_domain_train.tsv": (8551, "f320a10f92d3bce6b29152fde322a362eac39238e50d8de0c8815457fdf4fc12", 0.7044),
+    "in_domain_dev.tsv": (527, "77176f6a03faa5a1c4f23c69971fc1bff565931112fb65af47b2d6e24b7f42f7", 0.6926),
+    "out_of_domain_dev.tsv": (516, "201b9c57b2a20f1282242eec0ed8995729e3be19c29a46c047b3727338836c05", 0.6860),
+}
+
+SMALL = Data(folder=None, train_size=300, dev_size=110, disagreement=0.1, seed=7)
+
+
+def write(folder, split="train", text="a\t1\t\tFine.\nb\t0\t*\tFine not.\n"):
+    path = folder / corpus.FILES[split]
+    path.write_bytes(text.encode())
+    return path
+
+
+# One file
+
+
+def test_awkward_sentences_survive_a_round_trip(tmp_path):
+    table = pd.DataFrame(AWKWARD, columns=corpus.COLUMNS)
+    corpus.write_tsv(table, tmp_path / "t.tsv")
+    pd.testing.assert_frame_equal(corpus.read_tsv(tmp_path / "t.tsv"), table)
+    lines = (tmp_path / "t.tsv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == 's1\t1\t\tHe said "hello" and left.'  # as in CoLA's files: nothing quoted or escaped
+
+
+def test_what_the_csv_module_reads_without_quoting_is_what_is_read(tmp_path):
+    path = write(tmp_path, text='x\t1\t\t"One\ny\t0\t*\ttwo" three\n')
+    with path.open(newline="") as lines:
+        expected = [row[3] for row in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    assert corpus.read_tsv(path)["sentence"].tolist() == expected == ['"One', 'two" three']
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_line_ends_do_not_matter(tmp_path, end):
+    path = write(tmp_path, text=f"x\t1\t\tOne.{end or chr(10)}y\t0\t*\tTwo.{end}")
+    assert corpus.read_tsv(path)["sentence"].tolist() == ["One.", "Two."]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["x\t1\tThree columns.", "x\t1\t\tFive\tcolumns.", "x\t2\t\tLabel two.", "x\tacceptable\t\tWord.", "x\t1\t\t ", ""],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, line):
+    path = write(tmp_path, text=f"a\t1\t\tFine.\n{line}\nb\t0\t*\tFine not.\n")
+    with pytest.raises(ValueError, match="line 2: expected source, label 0 or 1, mark, sentence") as caught:
+        corpus.read_tsv(path)
+    assert str(path) in str(caught.value)
+
+
+def test_an_empty_file_is_named(tmp_path):
+    path = write(tmp_path, text="")
+    with pytest.raises(ValueError, match=f"{path} is empty"):
+        corpus.read_tsv(path)
+
+
+# A folder
+
+
+@pytest.mark.parametrize("missing", ["train", "dev"])
+def test_a_missing_file_is_named(tmp_path, missing):
+    write(tmp_path, "dev" if missing == "train" else "train")
+    with pytest.raises(FileNotFoundError, match=corpus.FILES[missing]):
+        corpus.load_corpus(tmp_path)
+
+
+def test_the_out_of_domain_file_is_optional(tmp_path):
+    write(tmp_path, "train")
+    write(tmp_path, "dev")
+    assert corpus.load_corpus(tmp_path)["split"].unique().tolist() == ["train", "dev"]
+    write(tmp_path, "dev_out")
+    table = corpus.load_corpus(tmp_path)
+    assert table["split"].tolist() == ["train", "train", "dev", "dev", "dev_out", "dev_out"]
+    assert table["label"].tolist() == [1, 0] * 3
+
+
+def test_a_split_with_one_label_is_refused(tmp_path):
+    write(tmp_path, "train")
+    write(tmp_path, "dev", "a\t1\t\tFine.\nb\t1\t\tFiner.\n")
+    with pytest.raises(ValueError, match="every sentence of 'dev' has label 1"):
+        corpus.load_corpus(tmp_path)
+
+
+def test_description_by_hand(hand_made):
+    summary = corpus.describe_corpus(hand_made)
+    assert summary.index.tolist() == ["train", "dev"]
+    assert summary["sentences"].tolist() == [3, 2]
+    assert summary["acceptable"].tolist() == [2, 1]
+    assert summary["share_acceptable"].tolist() == pytest.approx([2 / 3, 1 / 2])
+    assert summary["majority_reward"].tolist() == pytest.approx([1 / 3, 0])
+
+
+@pytest.mark.parametrize(("labels", "reward"), [([1, 1, 1, 0], 0.5), ([0, 0, 0, 1], 0.5), ([0, 1], 0), ([0], 1)])
+def test_majority_reward_by_hand(labels, reward):
+    assert corpus.majority_reward(pd.Series(labels)) == reward
+
+
+def test_the_training_subset_is_fixed_and_of_training_sentences(hand_made):
+    first, again = corpus.training_subset(hand_made, 2), corpus.training_subset(hand_made, 2)
+    pd.testing.assert_frame_equal(first, again)
+    assert len(first) == first["sentence"].nunique() == 2
+    assert set(first["split"]) == {"train"}
+    assert sorted(corpus.training_subset(hand_made, 99)["sentence"]) == ["One sleeps.", "Two sleep.", "Two sleeps."]
+
+
+# The generated corpus
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generated")
+    corpus.generate_corpus(SMALL, folder)
+    return folder
+
+
+def test_each_split_has_its_size_and_exactly_the_disagreement_asked_for(generated):
+    table = corpus.load_corpus(generated)
+    assert table["split"].value_counts().to_dict() == {"train": 300, "dev": 110}
+    flipped = table[(table["mark"] == "*") == (table["label"] == 1)]
+    assert flipped["split"].value_counts().to_dict() == {"train": 30, "dev": 11}
+    assert set(flipped["label"]) == {0, 1}
+
+
+def test_no_sentence_occurs_twice(generated):
+    table = corpus.load_corpus(generated)
+    assert table["sentence"].is_unique
+
+
+def test_without_disagreement_every_label_is_the_grammars(tmp_path):
+    corpus.generate_corpus(SMALL.model_copy(update={"disagreement": 0.0}), tmp_path)
+    table = corpus.load_corpus(tmp_path)
+    assert ((table["mark"] == "") == (table["label"] == 1)).all()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(generated, tmp_path):
+    again, other = tmp_path / "again", tmp_path / "other"
+    for folder, data in ((again, SMALL), (other, SMALL.model_copy(update={"seed": 8}))):
+        folder.mkdir()
+        corpus.generate_corpus(data, folder)
+    for name in ("in_domain_train.tsv", "in_domain_dev.tsv"):
+        assert (again / name).read_bytes() == (generated / name).read_bytes()
+        assert (other / name).read_bytes() != (generated / name).read_bytes()
+
+
+def test_more_disagreement_changes_labels_and_no_sentence(generated, tmp_path):
+    corpus.generate_corpus(SMALL.model_copy(update={"disagreement": 0.3}), tmp_path)
+    few, many = corpus.load_corpus(generated), corpus.load_corpus(tmp_path)
+    assert (few["sentence"] == many["sentence"]).all()
+    assert (few["mark"] == many["mark"]).all()
+    assert (few["label"] != many["label"]).any()
+
+
+# CoLA itself
+
+
+@pytest.mark.parametrize("name", COLA)
+def test_cola_has_the_rows_and_bytes_that_are_pinned(cola, name):
+    rows, digest, share = COLA[name]
+    assert hashlib.sha256((cola / name).read_bytes()).hexdigest() == digest
+    table = corpus.read_tsv(cola / name)
+    assert len(table) == rows
+    assert round(table["label"].mean(), 4) == share
+
+
+def test_colas_majority_answer_earns_what_the_paper_reports_for_rl(cola):
+    summary = corpus.describe_corpus(corpus.load_corpus(cola))
+    assert summary.loc["dev", "acceptable"] == 365
+    assert round(summary.loc["dev", "majority_reward"], 4) == 0.3852
+    both = summary.loc[["dev", "dev_out"]].sum()
+    assert (both["acceptable"], both["sentences"]) == (719, 1043)

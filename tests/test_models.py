@@ -1,0 +1,115 @@
+"""Policies: a stage starts exactly where its parent ended, and a saved policy is the one that was trained."""
+
+import pytest
+import torch
+from peft import PeftModel
+
+from nondecoupling import models
+from nondecoupling.profile import Adaptation
+
+LORA = Adaptation(method="lora", rank=4, alpha=8)
+FULL = Adaptation(method="full", rank=4, alpha=8)
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+
+@pytest.fixture(scope="module")
+def base(built_base):
+    return built_base / "policy"
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def change(model):
+    """What training would do: move every trainable weight."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.05 * torch.randn(weight.shape, generator=generator)
+
+
+@pytest.mark.parametrize("adaptation", [LORA, FULL], ids=["lora", "full"])
+def test_a_fresh_policy_equals_the_base(base, adaptation):
+    assert torch.equal(logits(models.start_policy(base, None, adaptation, seed=3)), logits(models.load_base(base)))
+
+
+@pytest.mark.parametrize("adaptation", [LORA, FULL], ids=["lora", "full"])
+def test_a_saved_policy_is_the_one_that_was_trained(base, adaptation, tmp_path):
+    policy = models.start_policy(base, None, adaptation, seed=3)
+    change(policy)
+    models.save_policy(policy, tmp_path / "policy")
+    again = models.start_policy(base, tmp_path / "policy", adaptation, seed=4)
+    assert torch.equal(logits(again), logits(policy))
+    assert not torch.equal(logits(again), logits(models.load_base(base)))
+    assert models.count_parameters(again) == models.count_parameters(policy)  # it can be trained on
+    assert not [path for path in (tmp_path / "policy").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_the_adapter_is_saved_without_the_reference_beside_it(base, tmp_path):
+    policy = models.start_policy(base, None, LORA, seed=3)
+    policy.add_adapter("ref", policy.peft_config["default"])
+    models.save_policy(policy, tmp_path / "policy")
+    assert not (tmp_path / "policy" / "ref").exists()
+    assert (tmp_path / "policy" / "adapter_model.safetensors").exists()
+
+
+def test_lora_trains_an_adapter_of_every_linear_layer_and_nothing_else(base):
+    policy = models.start_policy(base, None, LORA, seed=3)
+    assert isinstance(policy, PeftModel)
+    trained = {name for name, weight in policy.named_parameters() if weight.requires_grad}
+    assert all(".lora_" in name for name in trained)
+    layers = policy.config.num_hidden_layers
+    assert len(trained) == layers * 7 * 2  # q, k, v, o, gate, up, down; A and B each
+    hidden, inner = policy.config.hidden_size, policy.config.intermediate_size
+    width = policy.config.num_attention_heads * policy.config.head_dim
+    per_layer = 4 * (hidden + width) + 3 * (hidden + inner)
+    count, total = models.count_parameters(policy)
+    assert count == LORA.rank * layers * per_layer
+    assert total == count + models.count_parameters(models.load_base(base))[1]
+
+
+def test_full_trains_everything(base):
+    count, total = models.count_parameters(models.start_policy(base, None, FULL, seed=3))
+    assert count == total
+
+
+def test_the_seed_decides_the_adapters_start(base):
+    def start(seed):
+        policy = models.start_policy(base, None, LORA, seed=seed)
+        return torch.cat([weight.flatten() for weight in policy.parameters() if weight.requires_grad])
+
+    assert torch.equal(start(3), start(3))
+    assert not torch.equal(start(3), start(4))
+
+
+@pytest.mark.parametrize(("trained", "asked"), [(LORA, FULL), (FULL, LORA)])
+def test_a_policy_trained_by_another_method_is_refused(base, tmp_path, trained, asked):
+    models.save_policy(models.start_policy(base, None, trained, seed=3), tmp_path / "policy")
+    with pytest.raises(ValueError, match=f"policy was not trained with adaptation.method={asked.method}"):
+        models.start_policy(base, tmp_path / "policy", asked, seed=3)
+
+
+@pytest.mark.parametrize("need", ["chat_template", "eos_token", "pad_token"])
+def test_a_tokenizer_that_lacks_something_is_refused(nano_tokenizer, tmp_path, need):
+    options = {name: getattr(nano_tokenizer, name) for name in ("chat_template", "eos_token", "pad_token")}
+    options[need] = None
+    nano_tokenizer.__class__(tokenizer_object=nano_tokenizer._tokenizer, **options).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"has no {need}") as caught:
+        models.load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_saved_tokenizer_is_the_same(nano_tokenizer, tmp_path):
+    nano_tokenizer.save_pretrained(tmp_path)
+    again = models.load_tokenizer(tmp_path)
+    text = "The boys slept.\n\nacceptable<|im_end|>"
+    assert again(text)["input_ids"] == nano_tokenizer(text)["input_ids"]
+    assert again.chat_template == nano_tokenizer.chat_template
+
+
+def test_weights_are_read_in_full_precision(base):
+    assert {weight.dtype for weight in models.load_base(base).parameters()} == {torch.float32}
