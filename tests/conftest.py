@@ -24,24 +24,48 @@ from nondecoupling.profile import Study, load_study, with_overrides
 
 SHARED = runs.REPOSITORY.parent / "shared"
 
+# Every number that decides what is learnt, so that tests do not depend on how the nano profile is tuned.
 TINY = {
     "data.train_size": 400,
     "data.dev_size": 60,
+    "data.disagreement": 0.1,
+    "data.seed": 7,
+    "adaptation.method": "lora",
+    "adaptation.rank": 16,
+    "adaptation.alpha": 32,
+    "pretrain.vocabulary": 640,
+    "pretrain.hidden_size": 64,
+    "pretrain.layers": 2,
+    "pretrain.head_size": 32,
+    "pretrain.intermediate_size": 192,
     "pretrain.corpus_size": 3000,
+    "pretrain.text_share": 0.2,
+    "pretrain.text_weight": 0.3,
     "pretrain.batch_size": 32,
     "pretrain.learning_rate": 1.0e-2,  # the first steps are warm-up
     "pretrain.max_steps": 100,
     "pretrain.probe_size": 40,
     "pretrain.probe_every": 70,  # enough to answer in the format, though not to know the answers
     "pretrain.probe_target": 0.0,  # pretraining stops at the first probe
+    "pretrain.seed": 0,
     "sft.steps": 4,
     "sft.batch_size": 16,
+    "sft.learning_rate": 3.0e-3,
+    "sft.warmup_share": 0.05,
+    "sft.schedule": "cosine",
     "rl.steps": 3,
     "rl.prompts_per_step": 4,
     "rl.answers_per_prompt": 4,
-    "rl.max_new_tokens": 4,
+    "rl.learning_rate": 2.0e-3,
+    "rl.warmup_share": 0.05,
+    "rl.schedule": "cosine",
+    "rl.beta": 0.5,
+    "rl.normalisation": "none",
+    "rl.reward": "strict",
+    "prompt.max_new_tokens": 4,
     "evaluation.points": 2,
     "evaluation.train_size": 40,
+    "evaluation.batch_size": 250,
 }
 
 
@@ -97,7 +121,6 @@ def make_base(study: Study) -> Path:
         settings.pretrain,
         settings.prompt,
         settings.evaluation,
-        settings.rl.max_new_tokens,
         exclude=set(table["sentence"]),
         folder=partial / runs.POLICY,
     )

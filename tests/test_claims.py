@@ -189,7 +189,7 @@ def test_a_collapse_is_noted_with_its_run_and_seeds(metrics):
     metrics.loc[(metrics["run"] == "rl") & (metrics["seed"] != 0), ["predicted_acceptable_rate", "mcc"]] = [1.0, 0.0]
     rows = judge(metrics)
     for claim in ("B1", "B2", "B3"):
-        assert rows[claim]["note"] == "'rl' collapsed to one answer in 2 of 3 seeds"
+        assert rows[claim]["note"] == "collapsed: rl 2/3"
     assert rows["A1"]["note"] == ""
     assert claims.states_table(metrics)["collapsed"].to_dict() == {
         "base": "no",

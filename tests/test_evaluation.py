@@ -16,7 +16,7 @@ from nondecoupling import models, pretrain, prompts
 from nondecoupling.evaluation import Prefix, batches, left_padded, mean_outcome_kl, predict, summarise, three_outcomes
 from nondecoupling.profile import Prompt, load_study
 
-PROMPT = Prompt(template="{sentence}", acceptable="acceptable", unacceptable="unacceptable")
+PROMPT = Prompt(template="{sentence}", acceptable="acceptable", unacceptable="unacceptable", max_new_tokens=5)
 LIMIT = 5
 
 
@@ -32,7 +32,7 @@ def make_uneven(model):
 
 @pytest.fixture(scope="module")
 def settings():
-    return load_study("nano", overrides={"evaluation.batch_size": 7}).profile
+    return load_study("nano", overrides={"evaluation.batch_size": 7, "prompt.max_new_tokens": LIMIT}).profile
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def policy(request, settings):
 def answers_of(policy, settings, table, **changes):
     model, tokenizer = policy
     evaluation = settings.evaluation.model_copy(update=changes)
-    return predict(model, tokenizer, settings.prompt, table, evaluation, LIMIT)
+    return predict(model, tokenizer, settings.prompt, table, evaluation)
 
 
 def plain_log_probability(model, question, response):

@@ -8,15 +8,15 @@ import shutil
 import pytest
 
 from nondecoupling import execute, runs
-from nondecoupling.profile import Study, load_study, with_overrides
+from nondecoupling.profile import Study, load_study, parse_seeds, with_overrides
 
 STAGES = {"corpus", "evaluation", "grammar", "models", "profile", "prompts", "runs", "training"}
 MODULES = {
-    "01_data": {"corpus", "grammar", "profile", "runs", "theory"},
+    "01_data": {"corpus", "grammar", "profile", "runs"},
     "02_base": STAGES | {"pretrain"},
     "03_sft": STAGES,
     "04_rl": STAGES,
-    "06_theory": {"corpus", "grammar", "profile", "runs", "theory"},
+    "06_theory": {"corpus", "grammar", "profile", "runs", "statistics", "theory"},
     "07_claims": {"claims", "corpus", "figures", "grammar", "profile", "runs", "statistics", "theory"},
 }
 ARGUMENTS = argparse.Namespace(profile="nano", data="", model="", set="")
@@ -36,9 +36,14 @@ def no_kernel(monkeypatch):
     monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
 
 
-def rules_of(study, seeds=(0, 1)):
-    """Target -> prerequisites of the rules written for ``study``."""
-    text = execute.write_rules(study, list(seeds), "0-1", ARGUMENTS).read_text(encoding="utf-8")
+def write_rules(study, seeds="0", sweep=False, arguments=ARGUMENTS):
+    plan = execute.planned_runs(study, parse_seeds(seeds), sweep)
+    return execute.write_rules(study, plan, seeds, arguments).read_text(encoding="utf-8")
+
+
+def rules_of(study, sweep=False):
+    """Target -> prerequisites of the rules written for two seeds of ``study``."""
+    text = write_rules(study, "0-1", sweep)
     lines = [line.partition(": ") for line in text.splitlines() if ": " in line and not line.startswith("\t")]
     return {target: needed.split() for target, _, needed in lines}
 
@@ -85,11 +90,14 @@ def test_imports_are_found_in_every_form():
 # The rules
 
 
-def test_every_run_of_every_seed_waits_for_its_parent(results):
+@pytest.mark.parametrize("sweep", [False, True])
+def test_every_run_of_every_seed_waits_for_its_parent(results, sweep):
     study = load_study("nano")
-    root, rules = results / "nano", rules_of(study)
+    root, rules = results / "nano", rules_of(study, sweep)
+    planned = study.profile.runs if sweep else study.runs_of("main")
+    assert len(rules) == 2 + 2 + len(planned) * 2 + 2
     for seed in (0, 1):
-        for run in study.profile.runs:
+        for run in planned:
             target = str(root / f"seed{seed}" / run.name / "metrics.json")
             parent = root / "base" if run.parent == "base" else root / f"seed{seed}" / run.parent
             needed = rules[target]
@@ -102,13 +110,15 @@ def test_every_run_of_every_seed_waits_for_its_parent(results):
     assert str(root / "data" / "metrics.json") in rules[str(root / "base" / "metrics.json")]
 
 
-def test_summaries_wait_for_all_runs_and_the_report_for_the_claims(results):
-    root, rules = results / "nano", rules_of(load_study("nano"))
-    everything = {
-        str(root / f"seed{seed}" / run / "metrics.json") for seed in (0, 1) for run in ("sft", "sft-rl", "rl", "rl-sft")
-    }
-    assert everything <= set(rules[str(root / "theory.json")])
-    assert everything | {str(root / "theory.json")} <= set(rules[str(root / "claims.json")])
+@pytest.mark.parametrize("sweep", [False, True])
+def test_summaries_wait_for_all_runs_and_the_report_for_the_claims(results, sweep):
+    study = load_study("nano")
+    root, rules = results / "nano", rules_of(study, sweep)
+    planned = study.profile.runs if sweep else study.runs_of("main")
+    everything = {str(root / f"seed{seed}" / run.name / "metrics.json") for seed in (0, 1) for run in planned}
+    for summary in ("theory", "claims"):
+        assert {path for path in rules[str(root / f"{summary}.json")] if path.endswith("metrics.json")} == everything
+    assert str(root / "theory.json") in rules[str(root / "claims.json")]
     assert rules[str(root / "report.html")] == [str(root / "claims.json")]
     assert rules["study"] == [str(root / "report.html")]
 
@@ -129,20 +139,22 @@ def test_the_data_run_waits_for_the_users_files(results, tmp_path):
     assert str(folder / "in_domain_dev.tsv") in rules[str(results / study.name / "data" / "metrics.json")]
 
 
-def test_every_planned_run_has_a_rule_and_stands_after_its_parent():
+@pytest.mark.parametrize("sweep", [False, True])
+def test_every_run_is_planned_after_its_parent(sweep):
     study = load_study("nano")
-    planned = execute.planned_runs(study, [0, 1])
+    planned = execute.planned_runs(study, [0, 1], sweep)
     assert planned[:2] == [("data", 0), ("base", 0)]
     assert planned[-2:] == [("theory", 0), ("claims", 0)]
+    assert len(planned) == len(set(planned))
     for seed in (0, 1):
-        for run in study.profile.runs:
+        for run in study.profile.runs if sweep else study.runs_of("main"):
             if run.parent != "base":
                 assert planned.index((run.parent, seed)) < planned.index((run.name, seed))
 
 
 def test_recipes_carry_the_users_words_through_make_and_shell(results):
     words = argparse.Namespace(profile="nano", data="my data", model="", set="prompt.acceptable=$HOME'x")
-    text = execute.write_rules(load_study("nano"), [0], "0", words).read_text()
+    text = write_rules(load_study("nano"), arguments=words)
     recipe = next(line for line in text.splitlines() if "--run sft-rl" in line)
     assert "'my data'" in recipe
     assert "$$HOME" in recipe
@@ -155,7 +167,7 @@ def test_recipes_carry_the_users_words_through_make_and_shell(results):
     ("changes", "rewritten"),
     [
         ({}, set()),
-        ({"rl.beta": 0.25}, {"rl", "sft-rl", "theory", "claims"}),
+        ({"rl.reward": "robust"}, {"rl", "sft-rl", "theory", "claims"}),
         ({"sft.steps": 7}, {"sft", "rl-sft"}),
         ({"pretrain.max_steps": 7000}, {"base"}),
         ({"adaptation.rank": 2}, {"sft", "sft-rl", "rl", "rl-sft"}),
@@ -165,31 +177,31 @@ def test_recipes_carry_the_users_words_through_make_and_shell(results):
 )
 def test_settings_files_change_only_with_what_concerns_the_run(results, changes, rewritten):
     study = load_study("nano")
-    execute.write_rules(study, [0], "0", ARGUMENTS)
+    write_rules(study)
     files = {path.stem: path for path in (results / "nano" / "settings").iterdir()}
     assert set(files) == {"data", "base", "sft", "sft-rl", "rl", "rl-sft", "theory", "claims"}
     for path in files.values():
         runs.os.utime(path, (1, 1))
     changed = Study(name="nano", profile=with_overrides(study.profile, changes))
-    execute.write_rules(changed, [0], "0", ARGUMENTS)
+    write_rules(changed)
     assert {stem for stem, path in files.items() if path.stat().st_mtime != 1} == rewritten
 
 
 def test_other_seeds_concern_the_summaries_only(results):
     study = load_study("nano")
-    execute.write_rules(study, [0], "0", ARGUMENTS)
+    write_rules(study)
     files = list((results / "nano" / "settings").iterdir())
     for path in files:
         runs.os.utime(path, (1, 1))
-    execute.write_rules(study, [0, 1], "0-1", ARGUMENTS)
+    write_rules(study, "0-1")
     assert {path.stem for path in files if path.stat().st_mtime != 1} == {"theory", "claims"}
 
 
 @pytest.mark.parametrize("run", ["base", "sft", "rl-sft"])
 def test_the_length_of_measured_answers_concerns_every_run_that_measures(run):
-    """Sampled and greedy answers of every policy are cut at ``rl.max_new_tokens``."""
+    """Sampled and greedy answers of every policy are cut at ``prompt.max_new_tokens``."""
     plain = load_study("nano")
-    cut = Study(name="nano", profile=with_overrides(plain.profile, {"rl.max_new_tokens": 1}))
+    cut = Study(name="nano", profile=with_overrides(plain.profile, {"prompt.max_new_tokens": 1}))
     assert execute.relevant_settings(plain, run) != execute.relevant_settings(cut, run)
 
 
@@ -268,14 +280,14 @@ def test_a_bad_argument_is_answered_in_one_line_before_a_kernel_starts(results, 
 def test_a_good_command_reaches_the_notebook_with_its_parameters(results, monkeypatch, capsys):
     import papermill
 
-    calls = []
+    calls, root = [], results / load_study("nano", overrides={"rl.beta": 0.25}).name
     monkeypatch.setattr(
         papermill,
         "execute_notebook",
         lambda notebook, working, parameters, **_: (
             calls.append((notebook, parameters)),
             runs.Path(working).write_text("{}"),
-            runs.run_folder(results / "nano-rl.beta=0.25", "sft-rl", 3).mkdir(parents=True),
+            runs.run_folder(root, "sft-rl", 3).mkdir(parents=True),
         ),
     )
     command = ["run", "--run", "sft-rl", "--seed", "3", "--set", "rl.beta=0.25"]
@@ -290,7 +302,7 @@ def test_a_good_command_reaches_the_notebook_with_its_parameters(results, monkey
         "run": "sft-rl",
         "seed": 3,
     }
-    assert (results / "nano-rl.beta=0.25" / "seed3" / "sft-rl" / "notebook.ipynb").exists()
+    assert (root / "seed3" / "sft-rl" / "notebook.ipynb").exists()
     assert capsys.readouterr().out.startswith("seed 3 · sft-rl · ")
 
 
@@ -320,9 +332,10 @@ def test_a_failing_notebook_leaves_its_traceback_and_no_result(results, tmp_path
 
     (folder / "in_domain_train.tsv").write_text("x\t1\t\tFine.\nx\t0\t\tHm.\n")
     assert execute.main(command) == 0
-    assert sorted(path.name for path in root.iterdir()) == ["data"]
-    assert {"metrics.json", "notebook.ipynb"} <= {path.name for path in (root / "data").iterdir()}
-    assert execute.status_lines(study, [0])[0].split()[0] == "complete"
+    mended = load_study("nano", data=str(folder))
+    assert mended.name != study.name  # other data, another study
+    assert {"metrics.json", "notebook.ipynb"} <= {path.name for path in (results / mended.name / "data").iterdir()}
+    assert execute.status_lines(mended, [0])[0].split()[0] == "complete"
 
 
 def test_the_state_of_every_run_is_listed(results, capsys):
@@ -333,11 +346,15 @@ def test_the_state_of_every_run_is_listed(results, capsys):
         (root / folder / "metrics.json").write_text("{}")
     (root / "seed0" / "rl.partial").mkdir()
     (root / "seed0" / "sft-rl.failed.ipynb").write_text("{}")
+    (root / "seed0" / "sft-rl-b0.5.failed.ipynb").write_text("{}")
+    (root / "seed0" / "sft-rl-b0.25.partial").mkdir()
     (root / "theory.json").write_text("{}")
     assert execute.main(["list", "--seeds", "0"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     states = {" ".join(words[1:-1]): words[0] for words in lines}
-    assert states == {
+    sweep = {f"seed 0 · {run.name}": "missing" for run in study.runs_of("sweep")}
+    sweep |= {"seed 0 · sft-rl-b0.5": "failed", "seed 0 · sft-rl-b0.25": "interrupted"}
+    assert states == sweep | {
         "data": "complete",
         "base": "missing",
         "seed 0 · sft": "complete",
@@ -350,7 +367,7 @@ def test_the_state_of_every_run_is_listed(results, capsys):
 
 
 def test_clean_removes_this_study_only(results, capsys):
-    for name in ("nano", "nano-rl.beta=0.25"):
+    for name in ("nano", load_study("nano", overrides={"rl.beta": 0.25}).name):
         (results / name / "data").mkdir(parents=True)
     assert execute.main(["clean", "--set", "rl.beta=0.25"]) == 0
     assert [path.name for path in results.iterdir()] == ["nano"]

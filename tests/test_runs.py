@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from nondecoupling import runs
-from nondecoupling.profile import load_study
+from nondecoupling.profile import Run, load_study
 
 EVALUATION = {
     "n",
@@ -33,12 +33,13 @@ EVALUATION = {
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """A study of two runs, with empty results and reference folders."""
+    """A study of two runs and a sweep of one, with empty results and reference folders."""
     monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
     monkeypatch.setattr(runs, "REPOSITORY", tmp_path / "repository")
     study = load_study("nano")
     kept = [run for run in study.profile.runs if run.name in ("sft", "sft-rl")]
-    return study.model_copy(update={"profile": study.profile.model_copy(update={"runs": kept})})
+    sweep = Run(name="sft-rl-b1", group="sweep", stage="rl", parent="sft", overrides={"rl.beta": 1.0})
+    return study.model_copy(update={"profile": study.profile.model_copy(update={"runs": [*kept, sweep]})})
 
 
 def finish(study, root, run, seed, **evaluation):
@@ -107,12 +108,12 @@ def test_a_partial_run_is_no_result_even_with_metrics(study):
     runs.write_json(partial / runs.METRICS, {"status": "complete"})
     folder = runs.run_folder(root, "sft", 0)
     assert not runs.is_complete(folder)
-    assert runs.complete_runs(root, study, [0]) == []
+    assert runs.missing_runs(root, study, [0]) == [("sft", 0), ("sft-rl", 0)]
     with pytest.raises(FileNotFoundError, match=f"Run 'x' needs the finished run {folder}"):
         runs.require_complete(folder, "Run 'x'")
     assert runs.publish(partial) == folder
     assert runs.require_complete(folder, "Run 'x'") == folder
-    assert runs.complete_runs(root, study, [0]) == [("sft", 0)]
+    assert runs.missing_runs(root, study, [0]) == [("sft-rl", 0)]
     assert not partial.exists()
 
 
@@ -190,6 +191,21 @@ def test_the_reference_is_read_until_all_runs_of_all_seeds_are_finished(study):
     assert runs.results_to_read(study, [0, 1]) == reference
     finish(study, root, "sft-rl", 1)
     assert runs.results_to_read(study, [0, 1]) == root
+
+
+def test_the_sweep_is_read_only_where_it_is_finished(study):
+    root, reference = runs.study_folder(study), runs.reference_folder(study)
+    assert runs.missing_runs(root, study, [0, 1], "sweep") == [("sft-rl-b1", 0), ("sft-rl-b1", 1)]
+    assert runs.sweep_to_read(study, [0, 1]) is None
+    for seed in (0, 1):
+        finish(study, reference, "sft-rl-b1", seed)
+    assert runs.sweep_to_read(study, [0, 1]) == reference
+    for seed in (0, 1):
+        finish(study, root, "sft-rl-b1", seed)
+    assert runs.sweep_to_read(study, [0, 1]) == root
+    assert runs.sweep_to_read(study, [0, 1, 2]) is None
+    alone = study.profile.model_copy(update={"runs": study.runs_of("main")})
+    assert runs.sweep_to_read(study.model_copy(update={"profile": alone}), [0]) is None
 
 
 def test_metrics_are_read_with_the_base_once_per_seed(study):

@@ -397,6 +397,196 @@ def test_annotators_without_disagreement_give_the_truth():
     assert theory.expected_loss([-800.0], [1], 0.0) == close(800.0)
 
 
+# Test time
+
+
+def test_majorities_against_every_sequence_of_answers():
+    for samples in (1, 3, 5, 7):
+        for p in (0.03, 0.4, 0.5, 0.8):
+            wins = sum(
+                math.prod(p if answer else 1 - p for answer in answers)
+                for answers in itertools.product([0, 1], repeat=samples)
+                if 2 * sum(answers) > samples
+            )
+            assert expit(theory.majority_log_odds(logit([p]), samples)) == close(np.array([wins]))
+
+
+def test_majority_of_three_by_hand():
+    # 0.9^3 + 3 * 0.9^2 * 0.1 = 0.972
+    assert theory.majority_log_odds([logit(0.9), logit(0.1)], 3) == close(logit([0.972, 0.028]))
+
+
+@UNHURRIED
+@given(st.floats(-40, 40), st.integers(0, 15).map(lambda half: 2 * half + 1))
+def test_a_larger_majority_is_surer_and_odd(log_odds, samples):
+    few, more = (theory.majority_log_odds(log_odds, k) for k in (samples, samples + 2))
+    assert theory.majority_log_odds(log_odds, 1) == close(log_odds)
+    assert abs(more) >= abs(few) - ABSOLUTE
+    assert theory.majority_log_odds(-log_odds, samples) == close(-few)
+
+
+def test_majorities_of_sure_policies():
+    assert theory.majority_log_odds([-math.inf, -800.0, 0.0, math.inf], 9).tolist() == [
+        -math.inf,
+        -math.inf,
+        0,
+        math.inf,
+    ]
+    # three of five must be the answer of probability e^-100, which happens in ten ways
+    assert theory.majority_log_odds(-100.0, 5) == close(-300 + math.log(10))
+
+
+def test_temperature_raises_probabilities_to_a_power():
+    p, temperature = np.array([0.2, 0.5, 0.9]), 0.4
+    powers = p ** (1 / temperature), (1 - p) ** (1 / temperature)
+    tempered = theory.tempered_log_odds(logit(p), temperature)
+    assert expit(tempered) == close(powers[0] / (powers[0] + powers[1]))
+    assert theory.tempered_log_odds(LOG_ODDS, 1.0) == close(LOG_ODDS)
+
+
+def test_greedy_decoding_is_the_limit_of_low_temperature_and_of_many_samples():
+    assert theory.tempered_log_odds([-0.1, 0.0, 3.0], 0).tolist() == [-math.inf, 0, math.inf]
+    assert math.isnan(theory.tempered_log_odds(math.nan, 0))
+    greedy = theory.expected_reward_of_odds(theory.tempered_log_odds(LOG_ODDS, 0), TRUTH, DISAGREEMENT)
+    assert greedy == close((0.8 - 0.8 - 0.8) / 3)  # right, wrong, wrong
+    for nearly in (theory.tempered_log_odds(LOG_ODDS, 1e-3), theory.majority_log_odds(LOG_ODDS, 1001)):
+        assert theory.expected_reward_of_odds(nearly, TRUTH, DISAGREEMENT) == pytest.approx(greedy, abs=1e-6)
+
+
+# GRPO on one decision: everything that can happen in a group, written out with loops
+
+ORACLES = [(normalised, corrected) for normalised in (False, True) for corrected in (True, False)]
+
+
+def group_surrogate(log_odds, old, start, answers, label, beta, normalised, corrected):
+    """What trl maximises for one sampled group, as it stands in its documentation; ``old`` drew the answers."""
+    rewards = [1.0 if answer == label else -1.0 for answer in answers]
+    deviation = np.std(rewards, ddof=1) + theory.DEVIATION_FLOOR if normalised else 1.0
+
+    def logp(odds, answer):
+        return -math.log1p(math.exp(-odds if answer else odds))
+
+    total = 0.0
+    for answer, r in zip(answers, rewards, strict=True):
+        ratio = math.exp(logp(log_odds, answer) - logp(old, answer))
+        gap = logp(start, answer) - logp(log_odds, answer)
+        kl = math.exp(gap) - gap - 1
+        total += ratio * (r - np.mean(rewards)) / deviation - beta * kl * (ratio if corrected else 1.0)
+    return total / len(answers)
+
+
+@pytest.mark.parametrize(("normalised", "corrected"), ORACLES)
+@pytest.mark.parametrize(("answers", "log_odds", "start", "q"), [(2, 0.4, -0.3, 0.9), (3, 2, 1, 0.6), (5, -1, -2, 0.2)])
+def test_grpo_gradient_against_every_group(answers, log_odds, start, q, normalised, corrected):
+    beta, h, expected = 0.7, 1e-4, 0.0
+    for group in itertools.product([0, 1], repeat=answers):
+        for label in (0, 1):
+            weight = (q if label else 1 - q) * math.prod(expit(log_odds if answer else -log_odds) for answer in group)
+            up, down = (
+                group_surrogate(log_odds + step, log_odds, start, group, label, beta, normalised, corrected)
+                for step in (h, -h)
+            )
+            expected += weight * (up - down) / (2 * h)
+    found = theory.grpo_gradient(log_odds, start, q, beta, answers, normalised, corrected)
+    assert found == pytest.approx(expected, abs=1e-7)
+
+
+def test_objective_gradient_is_the_derivative_of_the_objective():
+    def objective(log_odds):
+        p, p0 = expit(log_odds), expit(0.3)
+        return (2 * 0.8 - 1) * (2 * p - 1) - 0.7 * stats.entropy([p, 1 - p], [p0, 1 - p0])
+
+    for log_odds in (-2.0, 0.3, 4.0):
+        slope = (objective(log_odds + 1e-5) - objective(log_odds - 1e-5)) / 2e-5
+        assert theory.objective_gradient(log_odds, 0.3, 0.8, 0.7) == pytest.approx(slope, abs=1e-8)
+
+
+GROUPS, STARTS, GIVEN = st.integers(2, 16), st.floats(-8, 8), st.floats(0, 1)
+MODERATE = st.floats(-2, 1).map(lambda exponent: 10.0**exponent)
+
+
+@UNHURRIED
+@given(STARTS, STARTS, GIVEN, MODERATE, GROUPS)
+def test_scaling_beta_makes_grpo_proportional_to_the_objective(log_odds, start, q, beta, answers):
+    shrink = (answers - 1) / answers
+    found = theory.grpo_gradient(log_odds, start, q, beta * shrink, answers)
+    assert found == close(shrink * theory.objective_gradient(log_odds, start, q, beta))
+    assert theory.grpo_log_odds(start, q, beta * shrink, answers) == close(start + 2 * (2 * q - 1) / beta)
+    # and without scaling beta, the fixed point is that of a larger one
+    assert theory.grpo_log_odds(start, q, beta, answers) == close(start + 2 * (2 * q - 1) / (beta / shrink))
+
+
+@UNHURRIED
+@given(STARTS, GIVEN, MODERATE, GROUPS)
+@pytest.mark.parametrize(("normalised", "corrected"), ORACLES)
+def test_grpo_rests_where_its_gradient_changes_sign(normalised, corrected, start, q, beta, answers):
+    rest = theory.grpo_log_odds(start, q, beta, answers, normalised, corrected)
+    step = 1e-6 * max(1, abs(rest))
+    below, above = (
+        theory.grpo_gradient(rest + side * step, start, q, beta, answers, normalised, corrected) for side in (-1, 1)
+    )
+    at_rest = theory.grpo_gradient(rest, start, q, beta, answers, normalised, corrected)
+    assert abs(at_rest) <= max(abs(below), abs(above)) + 1e-12
+    assert abs(at_rest) < 1e-9
+
+
+def test_grpo_rests_at_the_closed_form_of_ideal_rl():
+    q, beta = np.array([0.6, 0.9, 0.99]), 0.5
+    assert expit(theory.grpo_log_odds(logit(q), q, beta * 7 / 8, 8)) == close(theory.rl_probability(q, beta))
+    tilted = theory.tilted_log_odds(LOG_ODDS, TRUTH, DISAGREEMENT, beta)
+    label = np.where(TRUTH == 1, 1 - DISAGREEMENT, DISAGREEMENT)
+    assert theory.grpo_log_odds(LOG_ODDS, label, beta * 7 / 8, 8) == close(tilted)
+
+
+@pytest.mark.parametrize("answers", [2, 3, 8, 64])
+def test_from_a_calibrated_start_normalised_grpo_rests_at_one_place_only(answers):
+    grid = np.linspace(0, 60, 6001)
+    for q in (0.5, 0.6, 0.9, 0.999):
+        for beta in (0.02, 0.5, 5.0):
+            rest = theory.grpo_log_odds(logit(q), q, beta, answers, normalised=True)
+            gradient = theory.grpo_gradient(grid, logit(q), q, beta, answers, normalised=True)
+            assert (gradient[grid < rest - 1e-6] >= 0).all()
+            assert (gradient[grid > rest + 1e-6] <= 0).all()
+
+
+@UNHURRIED
+@given(st.floats(-60, 60), st.integers(2, 64))
+def test_dividing_by_the_deviation_multiplies_the_gradient_by_a_bounded_even_factor(log_odds, answers):
+    factor = theory.deviation_factor(log_odds, answers)
+    assert math.sqrt((answers - 1) / answers) * 0.9998 <= factor <= math.sqrt(answers) / 2
+    assert theory.deviation_factor(-log_odds, answers) == factor
+
+
+def test_deviation_factor_at_the_ends():
+    assert theory.deviation_factor([0.0, 1.0, 30.0], 2) == close(np.full(3, 1 / (math.sqrt(2) + 1e-4)))
+    assert theory.deviation_factor([-900.0, 900.0], 8) == close(np.full(2, 1 / (2 / math.sqrt(8) + 1e-4)))
+    # of four answers, two of each with probability 1/2 given one of each, else three against one
+    deviations = [math.sqrt(4 / 3), 1.0]
+    assert theory.deviation_factor(0.0, 4) == close(np.mean([1 / (deviation + 1e-4) for deviation in deviations]))
+
+
+def test_the_uncorrected_kl_term_has_the_gradient_of_the_other_divergence():
+    def divergence(log_odds):
+        return theory.mean_kl(theory.two_label_policy([0.3]), theory.two_label_policy([log_odds]))
+
+    for log_odds in (-2.0, 0.3, 4.0):
+        slope = (divergence(log_odds + 1e-5) - divergence(log_odds - 1e-5)) / 2e-5
+        assert theory.grpo_gradient(log_odds, 0.3, 0.5, 1.0, 2, corrected=False) == pytest.approx(-slope, abs=1e-8)
+
+
+def test_uncorrected_grpo_from_a_calibrated_policy_trades_reward_for_sft_loss():
+    """KL(p0 || p) is then the SFT loss but for a constant, so its fixed point maximises J - beta L."""
+    beta = 0.5
+    best = minimize_scalar(
+        lambda x: beta * theory.expected_loss([x], [1], 0.1) - theory.expected_reward_of_odds([x], [1], 0.1),
+        bounds=(0, 20),
+        method="bounded",
+        options={"xatol": 1e-9},
+    ).x
+    found = theory.grpo_log_odds(logit(0.9), 0.9, beta * 7 / 8, 8, corrected=False)
+    assert found == pytest.approx(best, abs=1e-5)
+
+
 # Errors
 
 
@@ -452,3 +642,24 @@ def test_probabilities_and_truth_must_be_in_range():
         theory.pinsker_bound(-0.1, 1, -1)
     with pytest.raises(ValueError, match="r_max"):
         theory.pinsker_bound(0.1, -1, 1)
+
+
+def test_decoders_and_groups_must_make_sense():
+    for temperature in (-0.1, math.inf, math.nan):
+        with pytest.raises(ValueError, match="temperature"):
+            theory.tempered_log_odds([0.1], temperature)
+    for samples in (0, -1, 4):
+        with pytest.raises(ValueError, match="odd"):
+            theory.majority_log_odds([0.1], samples)
+    with pytest.raises(ValueError, match="at least 2"):
+        theory.deviation_factor(0.1, 1)
+    for function in (theory.grpo_gradient, theory.grpo_log_odds):
+        arguments = (0.1, 0.1) if function is theory.grpo_gradient else (0.1,)
+        with pytest.raises(ValueError, match="at least 2"):
+            function(*arguments, 0.9, 1.0, 1)
+        with pytest.raises(ValueError, match="q must"):
+            function(*arguments, 1.1, 1.0, 8)
+        with pytest.raises(ValueError, match="beta"):
+            function(*arguments, 0.9, 0.0, 8)
+    with pytest.raises(ValueError, match="q must"):
+        theory.objective_gradient(0.1, 0.1, -0.1, 1.0)

@@ -89,7 +89,7 @@ def test_the_trainers_loss_is_the_cross_entropy_that_is_measured(prepare, monkey
     label_of = stage.corpus.set_index("sentence")["label"]
     asked = [stage.tokenizer.decode(ids).split("\n\n")[1].partition("<|im_end|>")[0] for ids in batch["input_ids"]]
     table = pd.DataFrame({"sentence": asked, "label": label_of[asked].to_numpy(), "source": ""})
-    answers = predict(stage.policy, stage.tokenizer, stage.settings.prompt, table, stage.settings.evaluation, 1)
+    answers = predict(stage.policy, stage.tokenizer, stage.settings.prompt, table, stage.settings.evaluation)
     nats = -np.where(table["label"] == 1, answers["logp_acceptable"], answers["logp_unacceptable"]).sum()
     tokens = int((batch["labels"] != -100).sum())
     assert loss == pytest.approx(nats / tokens, rel=1e-4)
@@ -99,6 +99,13 @@ def test_sft_lowers_the_loss_on_what_it_is_taught(run_twice):
     _, outcome, _, _, _ = run_twice("sft", changes={"sft.steps": 12})
     assert outcome.log["step"].tolist() == list(range(1, 13))
     assert outcome.log["loss"].iloc[-3:].mean() < outcome.log["loss"].iloc[:3].mean()
+
+
+def test_training_leaves_nothing_in_the_working_directory(prepare, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for run in ("sft", "rl"):
+        trainer_of(prepare(run), monkeypatch).train()
+    assert list(tmp_path.iterdir()) == []
 
 
 # Data order
@@ -253,7 +260,7 @@ def recording(model, calls):
     return recorded
 
 
-def disturb(policy, size=0.05):
+def disturb(policy, size=0.13):
     """Move the policy away from its start."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -280,7 +287,7 @@ def exact_gradients(stage, questions, labels):
         r[answers[label][0]] = 1.0
         reward = reward + (logp.exp() * r).sum() / len(labels)
         kl = kl + (logp.exp() * (logp - start)).sum() / len(labels)
-    assert kl.item() > 0.05  # the policy is far enough from its start for the KL term to matter
+    assert 0.02 < kl.item() < 2  # far enough from the start for the KL term to matter
     gradients = []
     for value in (reward, kl):
         stage.policy.zero_grad()
@@ -303,19 +310,21 @@ class Recorder(TrainerCallback):
         self.gradients.append(gradient(self.policy))
 
 
-def test_the_rl_gradient_is_that_of_the_regularised_objective(prepare, monkeypatch):
+@pytest.mark.parametrize("beta", [0.0, 2.0])
+def test_the_rl_gradient_is_that_of_the_regularised_objective(prepare, monkeypatch, beta):
     """For answers of one token all answers can be summed over, so the exact gradient is known.
 
     With G answers per prompt the group's mean shrinks the gradient by (G-1)/G, and beta is scaled to match: the mean
-    gradient must be -(G-1)/G times that of E[r] - beta KL, both parts alike.
+    gradient must be -(G-1)/G times that of E[r] - beta KL, with and without the KL term. Seven thousand sampled answers
+    know the factor to 3 %; without the scaling of beta it would be off by a quarter.
     """
-    beta, group, copies, steps = 0.5, 2, 250, 4
+    group, copies, steps = 4, 60, 4
     changes = {
         "rl.beta": beta,
         "rl.answers_per_prompt": group,
         "rl.prompts_per_step": 8 * copies,
         "rl.steps": steps,
-        "rl.max_new_tokens": 1,
+        "prompt.max_new_tokens": 1,
         "rl.learning_rate": 1e-12,  # the weights stay where they are
     }
     stage = prepare("rl", changes=changes)
@@ -325,15 +334,13 @@ def test_the_rl_gradient_is_that_of_the_regularised_objective(prepare, monkeypat
     trainer = trainer_of(stage, monkeypatch, recorder)
     trainer.args.max_grad_norm = 1e9  # clipping would change the length of each step's gradient
     trainer.train()
+    assert len(recorder.gradients) == steps
     found = torch.stack(recorder.gradients).mean(0)
     questions = prompts.prompt_ids(stage.tokenizer, stage.settings.prompt, train["sentence"])
     of_reward, of_kl = exact_gradients(stage, questions, train["label"])
-    parts = torch.stack([of_reward, of_kl], 1)
-    factors = torch.linalg.lstsq(parts, found[:, None]).solution.flatten()
-    shrink = (group - 1) / group
-    assert factors.tolist() == pytest.approx([-shrink, shrink * beta], rel=0.1)
-    exact = -shrink * (of_reward - beta * of_kl)
-    assert torch.nn.functional.cosine_similarity(found, exact, dim=0) > 0.98
+    exact = -(of_reward - beta * of_kl)
+    assert torch.cosine_similarity(found, exact, dim=0) > 0.99
+    assert (found @ exact / (exact @ exact)).item() == pytest.approx((group - 1) / group, rel=0.1)
 
 
 # What must stop a run

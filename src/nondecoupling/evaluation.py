@@ -90,7 +90,6 @@ def predict(
     prompt: Prompt,
     table: pd.DataFrame,
     evaluation: Evaluation,
-    max_new_tokens: int,
 ) -> pd.DataFrame:
     """The policy's answers to every sentence of ``table``, one row each.
 
@@ -109,8 +108,8 @@ def predict(
         prefix = Prefix(model, batch, tokenizer.pad_token_id)
         logp_acceptable += prefix.log_probability(acceptable).tolist()
         logp_unacceptable += prefix.log_probability(unacceptable).tolist()
-        sampled += prefix.answers(tokenizer.eos_token_id, max_new_tokens, generator=generator)
-        greedy += prefix.answers(tokenizer.eos_token_id, max_new_tokens, greedy=True)
+        sampled += prefix.answers(tokenizer.eos_token_id, prompt.max_new_tokens, generator=generator)
+        greedy += prefix.answers(tokenizer.eos_token_id, prompt.max_new_tokens, greedy=True)
     model.train(was_training)
     return (
         table[["sentence", "label", "source"]]

@@ -208,11 +208,11 @@ def status_lines(study: Study, seeds: list[int]) -> list[str]:
     root, lines = runs.study_folder(study), []
     for run, seed in planned_runs(study, seeds, sweep=True):
         target = target_of(root, run, seed)
-        base = target if run in SUMMARIES else target.parent
+        base = target.with_suffix("") if run in SUMMARIES else target.parent
         states = {
             "complete": target.exists(),
-            "failed": base.with_name(f"{base.stem}.failed.ipynb").exists(),
-            "interrupted": base.with_name(f"{base.stem}.partial").exists(),
+            "failed": base.with_name(f"{base.name}.failed.ipynb").exists(),
+            "interrupted": base.with_name(f"{base.name}.partial").exists(),
         }
         state = next((name for name, holds in states.items() if holds), "missing")
         who = run if run in (*runs.SHARED_RUNS, *SUMMARIES) else f"seed {seed} · {run}"
@@ -290,6 +290,8 @@ def command_run(study: Study, args: argparse.Namespace) -> None:
     seeds = args.seeds or study.profile.seeds
     parse_seeds(seeds)
     who = args.run if args.run in (*runs.SHARED_RUNS, *SUMMARIES) else f"seed {args.seed} · {args.run}"
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}, but seeds are 0 or more.")
     folders = {
         name: str(Path(value).resolve()) if value else ""
         for name, value in (("data", args.data), ("model", args.model))

@@ -144,7 +144,7 @@ def probe_accuracy(predictions: pd.DataFrame) -> float:
 
 
 def pretrain(
-    settings: Pretrain, prompt: Prompt, evaluation: Evaluation, max_new_tokens: int, exclude: set[str], folder: Path
+    settings: Pretrain, prompt: Prompt, evaluation: Evaluation, exclude: set[str], folder: Path
 ) -> pd.DataFrame:
     """Train tokenizer and model from scratch, save both to ``folder``, and return the probe's history.
 
@@ -175,15 +175,15 @@ def pretrain(
         optimizer.step()
         warmup.step()
         if step % settings.probe_every == 0:
-            predictions = predict(model, tokenizer, prompt, probe, evaluation, max_new_tokens)
+            predictions = predict(model, tokenizer, prompt, probe, evaluation)
             history.append({"step": step, "loss": loss.item(), "probe": probe_accuracy(predictions)})
             if history[-1]["probe"] >= settings.probe_target:
                 break
     else:
+        reached = max((row["probe"] for row in history), default=0.0)
         raise RuntimeError(
-            f"Pretraining reached balanced accuracy {history[-1]['probe']:.2f} on its probe after {settings.max_steps} "
-            f"steps, below pretrain.probe_target={settings.probe_target}; raise pretrain.max_steps or change "
-            f"pretrain.seed."
+            f"Pretraining reached balanced accuracy {reached:.2f} on its probe in {settings.max_steps} steps, below "
+            f"pretrain.probe_target={settings.probe_target}; raise pretrain.max_steps or change pretrain.seed."
         )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -5,6 +5,7 @@ A *profile* is a YAML file in ``profiles/``; a *study* is a profile plus what th
 """
 
 import difflib
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -23,7 +24,7 @@ Count = Annotated[int, Field(gt=0)]
 class Section(BaseModel):
     """A part of a profile: no unknown keys, no silent conversions, no changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -42,6 +43,13 @@ class Prompt(Section):
     template: Annotated[str, Field(pattern=r"\{sentence\}")]
     acceptable: Annotated[str, Field(min_length=1)]
     unacceptable: Annotated[str, Field(min_length=1)]
+    max_new_tokens: Count
+
+    @model_validator(mode="after")
+    def answers_differ(self) -> "Prompt":
+        if self.acceptable.lower() == self.unacceptable.lower():
+            raise ValueError("the two answers, acceptable and unacceptable, must differ in more than case")
+        return self
 
 
 class Adaptation(Section):
@@ -100,7 +108,6 @@ class Rl(Section):
     beta: Annotated[float, Field(ge=0)]
     normalisation: Literal["none", "group"]
     reward: Literal["strict", "robust"]
-    max_new_tokens: Count
 
 
 class Evaluation(Section):
@@ -118,7 +125,7 @@ class Run(Section):
     ``make reproduce`` runs the group "main", ``make theory`` also the group "sweep".
     """
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]+([-.][a-z0-9]+)*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+(\.[0-9]+)?)*$")]
     group: Literal["main", "sweep"] = "main"
     stage: Literal["sft", "rl"]
     parent: str
@@ -144,7 +151,7 @@ class Profile(Section):
     def runs_form_a_graph(self) -> "Profile":
         known = ["base"]
         for run in self.runs:
-            if run.name in [*known, "data"]:
+            if run.name in [*known, "data", "theory", "claims"]:
                 raise ValueError(f"run '{run.name}' is listed twice or uses a reserved name")
             if run.parent not in known:
                 raise ValueError(f"run '{run.name}' starts from '{run.parent}', which is not listed above it")
@@ -187,7 +194,7 @@ def load_study(
 
     ``data`` is a folder of CoLA-shaped TSV files, ``model`` a folder with a causal LM; empty keeps the profile's own.
     ``overrides`` maps dotted keys to values, e.g. ``{"rl.beta": 0.25}``. Each change becomes part of the study's name,
-    so that results of different studies never share a folder.
+    and so does a short digest of all changes with the content of the folders: different studies never share one.
 
     Raises ValueError with one sentence that names the key, what is wrong with it, and the nearest valid name.
     """
@@ -197,23 +204,41 @@ def load_study(
     path = PROFILES / f"{profile}.yaml"
     loaded = validated(yaml.safe_load(path.read_text(encoding="utf-8")), where=path.name)
     changes = dict(overrides or {})
-    name = [loaded.name]
-    for key, folder in (("data.folder", data), ("model.folder", model)):
-        if folder:
-            if not Path(folder).is_dir():
-                raise ValueError(f"{key}: '{folder}' is not a folder; give the path of an existing one.")
-            changes[key] = str(Path(folder).resolve())
-            name.append(slug(Path(folder).resolve().name))
-    name += [slug(f"{key}={json.dumps(value)}") for key, value in sorted((overrides or {}).items())]
-    study = Study(name="-".join(name), profile=with_overrides(loaded, changes))
+    named = [slug(f"{key}={json.dumps(value)}") for key, value in sorted(changes.items())]
+    changes |= {key: folder for key, folder in (("data.folder", data), ("model.folder", model)) if folder}
+    study = Study(name=loaded.name, profile=with_overrides(loaded, changes))
     for run in study.profile.runs:
         study.for_run(run.name)  # a run's own overrides are refused now, not hours later
-    return study
+    if not changes:
+        return study
+    folders = {key: changes[key] for key in ("data.folder", "model.folder") if changes.get(key)}
+    for key, folder in folders.items():
+        if not Path(folder).is_dir():
+            raise ValueError(f"{key}: '{folder}' is not a folder; give the path of an existing one.")
+        changes[key] = str(Path(folder).resolve())
+    patterns = {"data.folder": "*.tsv", "model.folder": "*"}
+    contents = {key: folder_digest(Path(folder), patterns[key]) for key, folder in folders.items()}
+    digest = hashlib.sha256(json.dumps(changes | contents, sort_keys=True).encode()).hexdigest()[:6]
+    names = [loaded.name, *(slug(Path(folder).resolve().name) for folder in folders.values()), *named]
+    return Study(name=f"{'-'.join(names)[:120]}-{digest}", profile=with_overrides(loaded, changes))
+
+
+def folder_digest(folder: Path, pattern: str) -> str:
+    """A digest of the files in ``folder``, the same wherever it stands: name, size, first and last mebibyte of each."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.glob(pattern) if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as content:
+            digest.update(content.read(2**20))
+            content.seek(max(0, size - 2**20))
+            digest.update(content.read())
+    return digest.hexdigest()
 
 
 def slug(text: str) -> str:
-    """``text`` as part of a folder name."""
-    return re.sub(r"[^A-Za-z0-9.=_]+", "_", text).strip("_")
+    """``text`` as part of a folder name that make accepts in a rule."""
+    return re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_")
 
 
 def with_overrides(profile: Profile, overrides: dict[str, Any]) -> Profile:

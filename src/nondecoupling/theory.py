@@ -11,12 +11,17 @@ number.
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize.elementwise import find_root
 from scipy.special import entr, expit, log_expit, log_softmax, logit, logsumexp, xlog1py, xlogy
+from scipy.stats import binom
 
 FloatArray = NDArray[np.float64]
 
 # Rows of log-probabilities that come out of float32 arithmetic sum to one only this closely.
 NORMALISATION_TOLERANCE = 1e-4
+
+# What trl adds to a group's deviation before it divides by it.
+DEVIATION_FLOOR = 1e-4
 
 
 # Finite policies over K answers
@@ -251,6 +256,113 @@ def self_tilted_log_odds(log_odds: ArrayLike, beta: float) -> FloatArray:
     return log_odds + 2 * np.tanh(log_odds / 2) / _positive(beta)
 
 
+# Test time: decoders of a measured two-label policy. They change its answers, and nothing else about it
+
+
+def tempered_log_odds(log_odds: ArrayLike, temperature: float) -> FloatArray:
+    """Log-odds of answers drawn at ``temperature``, shape of ``log_odds`` (ours).
+
+    0 is greedy decoding: +-inf, and a tie stays a tie. Raises ValueError unless the temperature is finite and >= 0.
+    """
+    if not 0 <= temperature < np.inf:
+        raise ValueError(f"temperature = {temperature} must be finite and not negative.")
+    log_odds = np.asarray(log_odds, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(log_odds == 0, 0.0, log_odds / np.float64(temperature))
+
+
+def majority_log_odds(log_odds: ArrayLike, samples: int) -> FloatArray:
+    """Log-odds that most of ``samples`` independent answers are "acceptable", shape of ``log_odds`` (ours).
+
+    Raises ValueError unless ``samples`` is odd and positive.
+    """
+    if samples < 1 or samples % 2 == 0:
+        raise ValueError(f"samples = {samples} must be odd and positive, or there could be ties.")
+    log_odds = np.asarray(log_odds, dtype=np.float64)
+    return _log_majority(log_odds, samples) - _log_majority(-log_odds, samples)
+
+
+# GRPO on one decision: a group of G answers is judged by one label, which is the first answer with probability q.
+# log_odds, start (the reference's) and the result are log p(first) - log p(second); the arguments broadcast.
+
+
+def objective_gradient(log_odds: ArrayLike, start: ArrayLike, q: ArrayLike, beta: ArrayLike) -> FloatArray:
+    """Gradient of E[r] - beta KL(p || p0) with respect to the log-odds of p (ours).
+
+    p(1-p) (2(2q-1) - beta (log_odds - start)), which is zero at ideal RL. Raises ValueError unless 0 <= q <= 1 and
+    beta > 0.
+    """
+    log_odds, start = np.asarray(log_odds, dtype=np.float64), np.asarray(start, dtype=np.float64)
+    q = _probability("q", q)
+    return expit(log_odds) * expit(-log_odds) * (2 * (2 * q - 1) - _positive(beta) * (log_odds - start))
+
+
+def deviation_factor(log_odds: ArrayLike, answers: int) -> FloatArray:
+    """What dividing by the group's deviation multiplies the expected policy gradient by, for G = ``answers`` (ours).
+
+    Only groups that hold both answers teach anything. Given one of each, the other G - 2 decide the deviation, so that
+    the factor is E[1 / deviation] with 1 + Binomial(G - 2, p) of one kind. Up to trl's floor it lies between
+    sqrt((G-1)/G) and sqrt(G)/2, the limit for p -> 0 and p -> 1. Raises ValueError if ``answers`` is below 2.
+    """
+    # The factor is even in the log-odds, and small probabilities have more digits than those near one.
+    p = expit(-np.abs(np.asarray(log_odds, dtype=np.float64)))
+    kinds = np.arange(1, _group(answers))
+    share = kinds / answers
+    deviation = 2 * np.sqrt(share * (1 - share) * answers / (answers - 1))
+    return (binom.pmf(kinds - 1, answers - 2, p[..., None]) / (deviation + DEVIATION_FLOOR)).sum(-1)
+
+
+def grpo_gradient(
+    log_odds: ArrayLike,
+    start: ArrayLike,
+    q: ArrayLike,
+    beta: ArrayLike,
+    answers: int,
+    normalised: bool = False,
+    corrected: bool = True,
+) -> FloatArray:
+    """Expected gradient of what trl's GRPO maximises, per answer, with respect to the log-odds (ours).
+
+    ``beta`` is the number given to trl. ``normalised``: advantages are divided by the group's deviation (scale_rewards
+    "group"). ``corrected``: trl's use_bias_correction_kl; without it the KL term has the gradient p - p0 of
+    KL(p0 || p). Raises ValueError as ``objective_gradient`` does or if ``answers`` is below 2.
+    """
+    log_odds, start = np.asarray(log_odds, dtype=np.float64), np.asarray(start, dtype=np.float64)
+    p_times_rest = expit(log_odds) * expit(-log_odds)
+    reward = p_times_rest * _group_gain(q, answers)
+    if normalised:
+        reward = reward * deviation_factor(log_odds, answers)
+    kl = p_times_rest * (log_odds - start) if corrected else expit(log_odds) - expit(start)
+    return reward - _positive(beta) * kl
+
+
+def grpo_log_odds(
+    start: ArrayLike,
+    q: ArrayLike,
+    beta: ArrayLike,
+    answers: int,
+    normalised: bool = False,
+    corrected: bool = True,
+) -> FloatArray:
+    """Log-odds at which ``grpo_gradient`` is zero: where trl's GRPO comes to rest, if it gets there (ours).
+
+    With ``normalised`` there may be more than one such place, in large groups (G = 64 has one, 256 may have three) or
+    from a start on the wrong side; one is returned. Raises ValueError as ``grpo_gradient`` does.
+    """
+    gain = _group_gain(q, answers) / _positive(beta)
+    start, gain = np.broadcast_arrays(np.asarray(start, dtype=np.float64), gain)
+    if not normalised:
+        return _rest(start, gain, corrected)
+
+    def beyond_rest(log_odds: FloatArray, start: FloatArray, gain: FloatArray) -> FloatArray:
+        return log_odds - _rest(start, gain * deviation_factor(log_odds, answers), corrected)
+
+    # The factor has bounds, and so has the place; one nat more on either side makes the difference change its sign.
+    factors = 1 / (np.sqrt([answers / (answers - 1), 4 / answers]) + DEVIATION_FLOOR)
+    ends = np.stack([_rest(start, gain * factor, corrected) for factor in factors])
+    return find_root(beyond_rest, (ends.min(0) - 1, ends.max(0) + 1), args=(start, gain)).x
+
+
 # Checks and small helpers
 
 
@@ -300,6 +412,30 @@ def _likelier(q: ArrayLike) -> FloatArray:
 def _gain(q: FloatArray, beta: ArrayLike) -> FloatArray:
     """What ideal RL adds to the log-odds of the likelier label: the gap in expected reward over beta."""
     return 2 * (2 * q - 1) / _positive(beta)
+
+
+def _group(answers: int) -> int:
+    if answers < 2:
+        raise ValueError(f"answers = {answers}: a group needs at least 2.")
+    return answers
+
+
+def _group_gain(q: ArrayLike, answers: int) -> FloatArray:
+    """2(2q-1) (G-1)/G: the reward between the answers, shrunk because the group's mean contains the answer itself."""
+    return 2 * (2 * _probability("q", q) - 1) * (_group(answers) - 1) / answers
+
+
+def _rest(start: FloatArray, gain: FloatArray, corrected: bool) -> FloatArray:
+    """Where p(1-p) gain equals the gradient of KL(p || p0), or of KL(p0 || p) if it is not corrected."""
+    if corrected:
+        return start + gain
+    return start / 2 + np.arcsinh(gain * np.cosh(start / 2) + np.sinh(start / 2))
+
+
+def _log_majority(log_odds: FloatArray, samples: int) -> FloatArray:
+    """Log-probability that most of ``samples`` answers are the one with these log-odds."""
+    counts = np.arange(samples // 2 + 1, samples + 1)
+    return logsumexp(binom.logpmf(counts, samples, expit(log_odds)[..., None]), axis=-1)
 
 
 def _sign(truth: ArrayLike) -> FloatArray:

@@ -13,8 +13,8 @@ How this RL differs from trl's defaults, and why:
 """
 
 import math
-import os
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -26,10 +26,6 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
-
-os.environ.setdefault(
-    "TRL_EXPERIMENTAL_SILENCE", "1"
-)  # rollout_func is the hook we want, and pinned with trl's version
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from nondecoupling import corpus as corpora
@@ -135,9 +131,7 @@ def measure(
     unacceptable, acceptable = (len(response_ids(tokenizer, text)) for text in responses(settings.prompt))
     metrics, predictions = {}, {}
     for split, table in tables.items():
-        predictions[split] = predict(
-            model, tokenizer, settings.prompt, table, settings.evaluation, settings.rl.max_new_tokens
-        )
+        predictions[split] = predict(model, tokenizer, settings.prompt, table, settings.evaluation)
         known = {name: runs.read_predictions(folder, split) for name, folder in references.items()}
         metrics[split] = summarise(predictions[split], settings.prompt, (unacceptable, acceptable), known)
     return metrics, predictions
@@ -191,7 +185,7 @@ class StageCallback(TrainerCallback):
 def shared_arguments(steps: int, learning_rate: float, warmup_share: float, schedule: str, seed: int) -> dict[str, Any]:
     """Trainer arguments that both stages share; those that differ from the defaults say why."""
     return {
-        "output_dir": "unused",  # nothing is saved by the trainer
+        "output_dir": tempfile.gettempdir(),  # must exist; the trainer saves nothing
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -278,7 +272,7 @@ def train_rl(stage: Stage) -> Outcome:
     def sample_groups(chats: list, trainer: GRPOTrainer) -> dict[str, Any]:
         questions = chat_ids(tokenizer, chats[::group])
         prefix = Prefix(stage.policy, questions, tokenizer.pad_token_id, copies=group)
-        answers = prefix.answers(tokenizer.eos_token_id, rl.max_new_tokens)
+        answers = prefix.answers(tokenizer.eos_token_id, prompt.max_new_tokens)
         return {"prompt_ids": [q for q in questions for _ in range(group)], "completion_ids": answers, "logprobs": None}
 
     exact = rl.normalisation == "none"
@@ -287,7 +281,7 @@ def train_rl(stage: Stage) -> Outcome:
         per_device_train_batch_size=rl.prompts_per_step * group,
         num_generations=group,
         steps_per_generation=1,
-        max_completion_length=rl.max_new_tokens,
+        max_completion_length=prompt.max_new_tokens,
         temperature=1.0,
         loss_type="dr_grpo" if exact else "dapo",
         scale_rewards="none" if exact else "group",

@@ -1,0 +1,172 @@
+"""trl's own GRPO gradient against the closed forms of `theory.grpo_gradient`: one prompt, two answers of one token."""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from scipy.special import expit
+from scipy.stats import binom
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from nondecoupling import theory
+
+G, BETA = 8, 0.5
+LOG_ODDS, START, Q = 2.0, 0.0, 0.95  # of answer 1: under the policy and its reference; and how often the label is 1
+QUESTION = [0, 1, 0]
+BATCHES, GROUPS = 30, 100  # of the sampled test
+
+VARIANTS = {  # what trl is told, and what the theory calls it
+    "this study": ({"beta": BETA * (G - 1) / G, "loss_type": "dr_grpo", "scale_rewards": "none"}, {}),
+    "beta not scaled": ({"beta": BETA, "loss_type": "dr_grpo", "scale_rewards": "none"}, {}),
+    "group": ({"beta": BETA, "loss_type": "dapo", "scale_rewards": "group"}, {"normalised": True}),
+    "uncorrected": (
+        {"beta": BETA, "loss_type": "dr_grpo", "scale_rewards": "none", "use_bias_correction_kl": False},
+        {"corrected": False},
+    ),
+    "group, uncorrected": (
+        {"beta": BETA, "loss_type": "dapo", "scale_rewards": "group", "use_bias_correction_kl": False},
+        {"normalised": True, "corrected": False},
+    ),
+}
+
+
+class Oracle(NamedTuple):
+    """A trainer, the answers that it will be handed instead of sampling, and the gradient of the log-odds."""
+
+    trainer: GRPOTrainer
+    handed: list[list[int]]
+    direction: torch.Tensor
+
+
+def set_log_odds(model: Qwen3ForCausalLM, value: float) -> None:
+    """Choose the output layer so that answer 1 to the question has these log-odds against answer 0."""
+    with torch.no_grad():
+        state = model.model(torch.tensor([QUESTION])).last_hidden_state[0, -1]
+        model.lm_head.weight.copy_(torch.stack([-state, state]) * value / (2 * state @ state))
+
+
+def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([weight.grad.flatten() for weight in model.parameters()]).double()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Folder of a Qwen3 of two tokens: with nothing else to say it is a two-label policy. trl loads it as reference."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 4}
+    config = Qwen3Config(vocab_size=2, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False, **shape)
+    model = Qwen3ForCausalLM(config)
+    set_log_odds(model, START)
+    folder = tmp_path_factory.mktemp("oracle")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def oracle(reference):
+    """``Oracle`` of each of VARIANTS, made once."""
+    words = Tokenizer(models.WordLevel({"no": 0, "yes": 1}, unk_token="no"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="no", pad_token="no")
+    made = {}
+
+    def make(variant):
+        if variant in made:
+            return made[variant]
+        handed = []
+
+        def hand_over(prompts, trainer):
+            return {"prompt_ids": [QUESTION] * len(prompts), "completion_ids": handed, "logprobs": None}
+
+        def agreement(completion_ids, label, **_):
+            return [1.0 if answer == [gold] else -1.0 for answer, gold in zip(completion_ids, label, strict=True)]
+
+        config = GRPOConfig(
+            output_dir=str(reference),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            num_generations=G,
+            per_device_train_batch_size=GROUPS * G,
+            max_completion_length=1,
+            **VARIANTS[variant][0],
+        )
+        model = Qwen3ForCausalLM.from_pretrained(reference)
+        set_log_odds(model, LOG_ODDS)
+        dataset = Dataset.from_dict({"prompt": ["no"], "label": [1]})
+        trainer = GRPOTrainer(
+            model, agreement, config, train_dataset=dataset, processing_class=tokenizer, rollout_func=hand_over
+        )
+        trainer.current_gradient_accumulation_steps = 1  # which trainer.train() would set
+        no, yes = model.train()(torch.tensor([QUESTION])).logits[0, -1]
+        (yes - no).backward()
+        made[variant] = Oracle(trainer, handed, flat_gradient(model))
+        return made[variant]
+
+    return make
+
+
+def gradient_of_log_odds(oracle: Oracle, groups: list[tuple[int, ...]], labels: list[int]) -> float:
+    """What trl does with these groups: minus the gradient of its loss, as a multiple of that of the log-odds."""
+    trainer, handed, direction = oracle
+    handed[:] = [[answer] for group in groups for answer in group]
+    inputs = [{"prompt": "no", "label": label} for label in labels for _ in range(G)]
+    trainer.model.zero_grad()
+    batch = trainer._generate_and_score_completions(inputs)  # rewards, advantages, the reference: all trl's
+    trainer.compute_loss(trainer.model, batch).backward()
+    found = -flat_gradient(trainer.model)
+    multiple = float(found @ direction / (direction @ direction))
+    torch.testing.assert_close(found, multiple * direction, rtol=1e-4, atol=1e-6)  # nothing but the log-odds matters
+    return multiple
+
+
+def expected(variant: str) -> float:
+    told, called = VARIANTS[variant]
+    return float(theory.grpo_gradient(LOG_ODDS, START, Q, told["beta"], G, **called))
+
+
+def test_the_tiny_model_is_the_two_label_policy_that_is_meant(oracle):
+    for trainer in (oracle(variant).trainer for variant in VARIANTS):
+        for model, log_odds in ((trainer.model, LOG_ODDS), (trainer.ref_model, START)):
+            with torch.no_grad():
+                no, yes = model(torch.tensor([QUESTION])).logits[0, -1].tolist()
+            assert yes - no == pytest.approx(log_odds, abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trls_gradient_over_all_groups_is_the_closed_form(oracle, variant):
+    """No sampling: every group and label that can occur goes through trl, weighted by its probability."""
+    total = 0.0
+    for ones, label in itertools.product(range(G + 1), (0, 1)):
+        weight = binom.pmf(ones, G, expit(LOG_ODDS)) * (Q if label else 1 - Q)
+        total += weight * gradient_of_log_odds(oracle(variant), [(1,) * ones + (0,) * (G - ones)], [label])
+    assert total == pytest.approx(expected(variant), abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["this study", "group", "uncorrected"])
+def test_trls_gradient_over_sampled_groups_is_the_closed_form_within_its_error(oracle, variant):
+    rng, found = np.random.default_rng(4), []
+    for _ in range(BATCHES):
+        answers = (rng.random((GROUPS, G)) < expit(LOG_ODDS)).astype(int)
+        labels = (rng.random(GROUPS) < Q).astype(int)
+        found.append(gradient_of_log_odds(oracle(variant), answers.tolist(), labels.tolist()))
+    mean, error = np.mean(found), np.std(found, ddof=1) / math.sqrt(BATCHES)
+    assert abs(mean - expected(variant)) < 4 * error
+    # A wrong objective would show: the deviation's effect and the other divergence's are larger than the error.
+    for other in {"this study", "group", "uncorrected"} - {variant}:
+        assert abs(mean - expected(other)) > 4 * error, other
+
+
+def test_only_this_studys_settings_follow_the_gradient_of_the_objective():
+    exact = float(theory.objective_gradient(LOG_ODDS, START, Q, BETA))
+    assert expected("this study") == pytest.approx((G - 1) / G * exact)
+    for variant in set(VARIANTS) - {"this study"}:
+        assert abs(expected(variant) / ((G - 1) / G * exact) - 1) > 0.05, variant

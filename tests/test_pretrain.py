@@ -1,0 +1,79 @@
+"""The embedded base: what its loss counts, what it may read, and when pretraining ends."""
+
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score
+
+from nondecoupling import pretrain, prompts
+from nondecoupling.profile import load_study
+
+
+@pytest.fixture(scope="module")
+def model(nano_tokenizer):
+    return pretrain.new_model(load_study("nano").profile.pretrain, nano_tokenizer).eval()
+
+
+def test_the_loss_is_the_weighted_mean_over_tokens_without_padding(model):
+    rows = [([5, 6, 7, 8, 9], [0.0, 0.0, 0.0, 1.0, 1.0]), ([10, 11, 12], [0.3, 0.3, 0.3])]
+    total = weights = 0.0
+    with torch.no_grad():
+        for ids, weight in rows:
+            logp = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+            for place in range(1, len(ids)):
+                total -= weight[place] * logp[place - 1, ids[place]].item()
+                weights += weight[place]
+        assert pretrain.weighted_loss(model, rows, pad=0).item() == pytest.approx(total / weights, rel=1e-5)
+
+
+def test_chats_count_the_answer_only_and_text_counts_whole(nano_tokenizer, nano_prompt):
+    [(ids, weights), (other, _)] = pretrain.encode_chats(
+        nano_tokenizer, nano_prompt, [("The boys slept.", 1), ("The boys slept.", 0)]
+    )
+    [question] = prompts.prompt_ids(nano_tokenizer, nano_prompt, ["The boys slept."])
+    answer = prompts.response_ids(nano_tokenizer, "acceptable")
+    assert ids == question + answer
+    assert weights == [0.0] * len(question) + [1.0] * len(answer)
+    assert other == question + prompts.response_ids(nano_tokenizer, "unacceptable")
+    text, weights = pretrain.encode_text(nano_tokenizer, "The boys slept.", 0.3)
+    assert nano_tokenizer.decode(text) == "The boys slept.<|endoftext|>"
+    assert weights == [0.3] * len(text)
+
+
+def test_the_base_reads_no_sentence_of_the_study(sentences):
+    settings = load_study("nano", overrides={"pretrain.corpus_size": 3000, "pretrain.probe_size": 100}).profile.pretrain
+    exclude = set(sentences["sentence"])
+    read = pretrain.pretraining_sentences(settings, exclude)
+    assert len(read) == read["sentence"].nunique() == 3100
+    assert not exclude & set(read["sentence"])
+    assert read["label"].sum() == 1550
+    assert ((read["mark"] == "") == (read["label"] == 1)).all()
+
+
+def test_the_probe_is_balanced_accuracy():
+    labels, logp = [1, 1, 1, 0], [-0.1, -3.0, -0.2, -2.0]
+    table = pd.DataFrame({"label": labels, "logp_acceptable": logp, "logp_unacceptable": -1.0})
+    expected = balanced_accuracy_score(labels, [1, 0, 1, 0])
+    assert pretrain.probe_accuracy(table) == pytest.approx(expected) == pytest.approx((2 / 3 + 1) / 2)
+
+
+@pytest.mark.parametrize(("max_steps", "probe_every"), [(2, 1), (2, 5)])
+def test_pretraining_that_does_not_reach_its_target_says_what_to_change(tmp_path, max_steps, probe_every):
+    settings = load_study("nano").profile
+    changed = settings.pretrain.model_copy(
+        update={
+            "corpus_size": 300,
+            "probe_size": 40,
+            "max_steps": max_steps,
+            "probe_every": probe_every,
+            "probe_target": 1.0,
+        }
+    )
+    with pytest.raises((RuntimeError, ValueError), match=r"pretrain\.(max_steps|probe_every)"):
+        pretrain.pretrain(changed, settings.prompt, settings.evaluation, exclude=set(), folder=tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+
+
+def test_a_finished_base_is_saved_in_the_standard_layout(built_base):
+    names = {path.name for path in (built_base / "policy").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
