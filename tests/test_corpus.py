@@ -188,3 +188,10 @@ def test_colas_majority_answer_earns_what_the_paper_reports_for_rl(cola):
     assert round(summary.loc["dev", "majority_reward"], 4) == 0.3852
     both = summary.loc[["dev", "dev_out"]].sum()
     assert (both["acceptable"], both["sentences"]) == (719, 1043)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "in_domain_dev.tsv"
+    path.write_bytes(b"x\t1\t\tFa\xe7ade.\n")
+    with pytest.raises(ValueError, match=r"in_domain_dev\.tsv is not UTF-8"):
+        corpus.read_tsv(path)

@@ -113,3 +113,8 @@ def test_a_saved_tokenizer_is_the_same(nano_tokenizer, tmp_path):
 
 def test_weights_are_read_in_full_precision(base):
     assert {weight.dtype for weight in models.load_base(base).parameters()} == {torch.float32}
+
+
+def test_an_adapter_is_not_continued_at_another_rank(prepare, built_sft):
+    with pytest.raises(ValueError, match=r"has rank 16 .*adaptation\.rank=4"):
+        prepare("sft-rl", changes={"adaptation.rank": 4})

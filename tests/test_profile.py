@@ -338,3 +338,8 @@ def test_a_study_is_what_it_is_called():
     study = load_study("nano", overrides={"rl.beta": 0.25})
     assert Study.model_validate(study.model_dump()) == study
     assert "rl.beta_0.25" in study.name  # a reader of results/ can tell
+
+
+def test_one_and_one_point_zero_are_one_study():
+    one, same = (load_study("nano", overrides={"rl.beta": value}) for value in (1, 1.0))
+    assert one == same

@@ -144,3 +144,11 @@ def test_both_templates_write_the_same_chats(nano_tokenizer, qwen_tokenizer, nan
         for tokenizer in (nano_tokenizer, qwen_tokenizer)
     )
     assert nano == qwen == f"{QUESTION}{NO_THINKING}acceptable<|im_end|>\n"
+
+
+def test_an_answer_with_another_special_token_is_no_label(nano_tokenizer):
+    answer = prompts.response_ids(nano_tokenizer, "acceptable")
+    plain, padded = prompts.answer_texts(nano_tokenizer, [answer, [nano_tokenizer.pad_token_id, *answer]])
+    assert plain == "acceptable"
+    assert prompts.parse_strict(PROMPT, plain) == 1
+    assert prompts.parse_strict(PROMPT, padded) is None

@@ -299,6 +299,19 @@ def test_two_labels_at_q_090_and_beta_1():
     assert theory.sharp_reward(0.9) == close(0.8)
 
 
+@given(problems(), st.floats(10, 1000))
+def test_for_large_beta_the_rise_is_half_the_variance_of_the_reward_over_beta_squared(problem, beta):
+    """C1 is the logarithm of a moment-generating function at 1/beta; the next term is a third cumulant over 6 beta^3.
+
+    Rewards span at most 2, and a third central moment then is at most 8 / (6 sqrt 3) = 0.77.
+    """
+    logp, _, _, r, _ = problem
+    p = np.exp(logp)
+    variance = (p * r**2).sum(1) - (p * r).sum(1) ** 2
+    expected = variance.mean() / (2 * beta**2)
+    assert abs(theory.c1(logp, logp, r, beta) - expected) <= 0.77 / (6 * beta**3) + 1e-12
+
+
 def test_small_beta_limit():
     q = np.array([0.55, 0.75, 0.95])
     assert theory.rl_reward(q, 1e-3) == close(theory.sharp_reward(q))

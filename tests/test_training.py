@@ -315,10 +315,10 @@ def test_the_rl_gradient_is_that_of_the_regularised_objective(prepare, monkeypat
     """For answers of one token all answers can be summed over, so the exact gradient is known.
 
     With G answers per prompt the group's mean shrinks the gradient by (G-1)/G, and beta is scaled to match: the mean
-    gradient must be -(G-1)/G times that of E[r] - beta KL, with and without the KL term. Seven thousand sampled answers
-    know the factor to 3 %; without the scaling of beta it would be off by a quarter.
+    gradient must be -(G-1)/G times that of E[r] - beta KL, with and without the KL term. Fifteen thousand sampled
+    answers know the factor to 4 % (over twelve seeds); the tolerance is four times that, and tells 3/4 from 1.
     """
-    group, copies, steps = 4, 60, 4
+    group, copies, steps = 4, 60, 8
     changes = {
         "rl.beta": beta,
         "rl.answers_per_prompt": group,
@@ -340,7 +340,7 @@ def test_the_rl_gradient_is_that_of_the_regularised_objective(prepare, monkeypat
     of_reward, of_kl = exact_gradients(stage, questions, train["label"])
     exact = -(of_reward - beta * of_kl)
     assert torch.cosine_similarity(found, exact, dim=0) > 0.99
-    assert (found @ exact / (exact @ exact)).item() == pytest.approx((group - 1) / group, rel=0.1)
+    assert (found @ exact / (exact @ exact)).item() == pytest.approx((group - 1) / group, rel=0.16)
 
 
 # What must stop a run
@@ -419,3 +419,12 @@ def test_policies_are_measured_on_dev_and_a_part_of_train(prepare):
     tables = training.evaluation_tables(stage.corpus, 40)
     assert {split: len(table) for split, table in tables.items()} == {"dev": 60, "train": 40}
     assert set(tables["train"]["split"]) == {"train"}
+
+
+def test_another_run_in_the_plan_changes_no_seed(prepare):
+    stage = prepare("rl")
+    profile = stage.study.profile
+    extra = profile.runs[0].model_copy(update={"name": "extra"})
+    longer = profile.model_copy(update={"runs": [extra, *profile.runs]})
+    more = stage._replace(study=stage.study.model_copy(update={"profile": longer}))
+    assert training.stage_seed(more) == training.stage_seed(stage)

@@ -1,6 +1,7 @@
 """CoLA-shaped corpora: one reader for CoLA's own files and for the generated ones, one table out."""
 
 import csv
+import io
 from pathlib import Path
 
 import pandas as pd
@@ -37,14 +38,17 @@ def read_tsv(path: Path) -> pd.DataFrame:
     Raises ValueError with the file and line of the first row that is not of that shape.
     """
     rows = []
-    with path.open(encoding="utf-8", newline="") as lines:
-        for number, row in enumerate(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), start=1):
-            if len(row) != 4 or row[1] not in ("0", "1") or not row[3].strip():
-                raise ValueError(
-                    f"{path}, line {number}: expected source, label 0 or 1, mark, sentence, separated by tabs, "
-                    f"but found {row!r}."
-                )
-            rows.append((row[0], int(row[1]), row[2], row[3]))
+    try:
+        lines = io.StringIO(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from None
+    for number, row in enumerate(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), start=1):
+        if len(row) != 4 or row[1] not in ("0", "1") or not row[3].strip():
+            raise ValueError(
+                f"{path}, line {number}: expected source, label 0 or 1, mark, sentence, separated by tabs, "
+                f"but found {row!r}."
+            )
+        rows.append((row[0], int(row[1]), row[2], row[3]))
     if not rows:
         raise ValueError(f"{path} is empty; it should hold one sentence per line.")
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -10,7 +10,7 @@ from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from nondecoupling.profile import Evaluation, Prompt
-from nondecoupling.prompts import parse_robust, parse_strict, prompt_ids, response_ids, responses, reward
+from nondecoupling.prompts import answer_texts, parse_robust, parse_strict, prompt_ids, response_ids, responses, reward
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,8 +116,8 @@ def predict(
         .assign(
             logp_acceptable=logp_acceptable,
             logp_unacceptable=logp_unacceptable,
-            sampled=tokenizer.batch_decode(sampled, skip_special_tokens=True),
-            greedy=tokenizer.batch_decode(greedy, skip_special_tokens=True),
+            sampled=answer_texts(tokenizer, sampled),
+            greedy=answer_texts(tokenizer, greedy),
         )
         .reset_index(drop=True)
     )

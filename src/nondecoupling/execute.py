@@ -6,6 +6,7 @@ Every parameter is checked before a kernel starts. A notebook that fails keeps i
 
 import argparse
 import ast
+import functools
 import json
 import os
 import re
@@ -65,6 +66,7 @@ def imported_modules(code: str) -> set[str]:
     return modules
 
 
+@functools.cache
 def used_modules(notebook: Path) -> list[Path]:
     """Source files of this package that ``notebook`` imports, directly or through others."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
@@ -164,6 +166,7 @@ def execute(study: Study, run: str, seed: int, seeds: str, options: dict[str, An
         parameters |= {"run": run, "seed": seed}
     check_parameters(notebook, parameters)
 
+    from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
     folder = root / run if run in SUMMARIES else runs.run_folder(root, run, seed)
@@ -179,10 +182,11 @@ def execute(study: Study, run: str, seed: int, seeds: str, options: dict[str, An
             cwd=str(NOTEBOOKS),
             extra_arguments=["--log-level=CRITICAL"],  # else every kernel prints a warning about TCP
         )
-    except PapermillExecutionError as error:
+    except (PapermillExecutionError, DeadKernelError) as error:
         os.replace(working, failed)
         shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
-        raise RuntimeError(f"{notebook.name} failed: {error.ename}: {error.evalue}\n  see {failed}") from None
+        reason = f"{error.ename}: {error.evalue}" if isinstance(error, PapermillExecutionError) else str(error)
+        raise RuntimeError(f"{notebook.name} failed: {reason}\n  see {failed}") from None
     failed.unlink(missing_ok=True)
     os.replace(working, root / f"{run}.ipynb" if run in SUMMARIES else folder / "notebook.ipynb")
     return target_of(root, run, seed)

@@ -1,6 +1,7 @@
 """Tokenizers, base models and policies: one way to load each, and one to save."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -36,7 +37,14 @@ def start_policy(base: Path, parent: Path | None, adaptation: Adaptation, seed: 
     if adaptation.method == "full":
         return load_base(parent or base)
     if parent is not None:
-        return PeftModel.from_pretrained(load_base(base), parent, is_trainable=True)
+        policy = PeftModel.from_pretrained(load_base(base), parent, is_trainable=True)
+        trained: Any = policy.peft_config["default"]
+        if (trained.r, trained.lora_alpha) != (adaptation.rank, adaptation.alpha):
+            raise ValueError(
+                f"The adapter in {parent} has rank {trained.r} and alpha {trained.lora_alpha}, not adaptation.rank="
+                f"{adaptation.rank} and adaptation.alpha={adaptation.alpha}; one adapter goes through all stages."
+            )
+        return policy
     set_seed(seed)
     config = LoraConfig(
         r=adaptation.rank,

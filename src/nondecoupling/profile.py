@@ -202,15 +202,23 @@ def load_study(
     if profile not in available:
         raise ValueError(f"There is no profile '{profile}'{nearest(profile, available)}.")
     path = PROFILES / f"{profile}.yaml"
-    loaded = validated(yaml.safe_load(path.read_text(encoding="utf-8")), where=path.name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is no valid YAML: {' '.join(str(error).split())}") from None
+    loaded = validated(tree, where=path.name)
     changes = dict(overrides or {})
-    named = [slug(f"{key}={json.dumps(value)}") for key, value in sorted(changes.items())]
     changes |= {key: folder for key, folder in (("data.folder", data), ("model.folder", model)) if folder}
     study = Study(name=loaded.name, profile=with_overrides(loaded, changes))
     for run in study.profile.runs:
         study.for_run(run.name)  # a run's own overrides are refused now, not hours later
     if not changes:
         return study
+    settings = study.profile.model_dump()  # with 1 and 1.0 made alike
+    changes = {key: settings[key.partition(".")[0]][key.partition(".")[2]] for key in changes}
+    named = [
+        slug(f"{key}={json.dumps(changes[key])}") for key in sorted(overrides or {}) if not key.endswith(".folder")
+    ]
     folders = {key: changes[key] for key in ("data.folder", "model.folder") if changes.get(key)}
     for key, folder in folders.items():
         if not Path(folder).is_dir():

@@ -41,6 +41,12 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]
     return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
+def answer_texts(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
+    """Sampled answers as text, without their end token; any other special token stays visible, and is no label."""
+    ended = [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
+    return tokenizer.batch_decode(ended, skip_special_tokens=False)
+
+
 def check_prefix(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentence: str) -> None:
     """Raise ValueError unless the tokens of prompt + response are the prompt's tokens followed by the response's.
 

@@ -16,6 +16,7 @@ import math
 import resource
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +35,7 @@ from nondecoupling.evaluation import Prefix, predict, summarise
 from nondecoupling.profile import Profile, Study
 from nondecoupling.prompts import (
     TEMPLATE_OPTIONS,
+    answer_texts,
     chat_ids,
     check_prefix,
     parse_robust,
@@ -205,9 +207,8 @@ def shared_arguments(steps: int, learning_rate: float, warmup_share: float, sche
 
 
 def stage_seed(stage: Stage) -> int:
-    """Seed of a stage's data order and sampling: stages of one seed differ, and so do seeds of one stage."""
-    names = [run.name for run in stage.study.profile.runs]
-    return 1000 * (stage.seed + 1) + names.index(stage.run)
+    """Seed of a stage's data order and sampling, from the names alone: other runs in the plan change nothing."""
+    return zlib.crc32(f"{stage.run} {stage.seed}".encode())
 
 
 def training_rows(stage: Stage, count: int) -> pd.DataFrame:
@@ -263,10 +264,9 @@ def train_rl(stage: Stage) -> Outcome:
     parse = parse_strict if rl.reward == "strict" else parse_robust
     group = rl.answers_per_prompt
 
-    def label_reward(completions: list, label: list[int], **_: Any) -> list[float]:
-        return [
-            reward(gold, parse(prompt, answer[0]["content"])) for gold, answer in zip(label, completions, strict=True)
-        ]
+    def label_reward(completion_ids: list[list[int]], label: list[int], **_: Any) -> list[float]:
+        answers = answer_texts(tokenizer, completion_ids)
+        return [reward(gold, parse(prompt, answer)) for gold, answer in zip(label, answers, strict=True)]
 
     @torch.no_grad()
     def sample_groups(chats: list, trainer: GRPOTrainer) -> dict[str, Any]:
@@ -286,6 +286,7 @@ def train_rl(stage: Stage) -> Outcome:
         loss_type="dr_grpo" if exact else "dapo",
         scale_rewards="none" if exact else "group",
         beta=rl.beta * (group - 1) / group if exact else rl.beta,
+        use_bias_correction_kl=True,  # else the KL term has the gradient of KL(reference | policy)
         chat_template_kwargs=TEMPLATE_OPTIONS,
     )
     table = training_rows(stage, rl.steps * rl.prompts_per_step)
