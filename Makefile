@@ -33,6 +33,8 @@ help: ## print the targets
 setup: $(READY) ## create .venv from requirements.lock (all other targets do it by themselves)
 
 .venv/.ready: requirements.lock pyproject.toml
+	@echo 'setting up .venv, once: about two minutes and 2 GB'
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed")'
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -e .
 	@touch $@
