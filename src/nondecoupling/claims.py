@@ -218,13 +218,32 @@ def markdown_table(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def readme_tables(rows: list[dict[str, Any]], metrics: pd.DataFrame) -> str:
-    """The claims and the policies of a study as the two Markdown tables that the README shows."""
+def sweep_table(entries: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rise of the SFT loss by RL for each beta of the sweep, from theory.json: measured next to the two predictions."""
+    table = []
+    for entry in entries:
+        change = entry["change_of_loss"]
+        low, high = change["measured"]["ci95"]
+        predicted = change["perfect_learner"]
+        table.append(
+            {
+                "β": f"{entry['beta']:g}" + (", group" if entry["normalisation"] == "group" else ""),
+                "closed form, perfect learner": "-" if predicted is None else f"{predicted:+.3f}",
+                "closed form, from the SFT policies": f"{change['own_belief']:+.3f}",
+                "measured rise of the SFT loss": f"{change['measured']['mean']:+.3f} [{low:+.3f}, {high:+.3f}]",
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def readme_tables(rows: list[dict[str, Any]], metrics: pd.DataFrame, sweep: list[dict[str, Any]] | None) -> str:
+    """The claims, the policies and, where it was run, the sweep of a study as the README's Markdown tables."""
     shown = ["sft_loss", "reward_exact", "reward_greedy", "majority_reward", "mcc", "collapsed"]
     states = states_table(metrics)[shown].map(lambda value: value if isinstance(value, str) else f"{value:.3f}")
     names = {"sft_loss": "SFT loss", "reward_exact": "reward, sampled", "reward_greedy": "reward, greedy"}
     states = states.rename(columns=names | {"majority_reward": "majority answer", "mcc": "MCC"}).reset_index()
-    return markdown_table(claims_table(rows)) + "\n\n" + markdown_table(states.rename(columns={"run": "policy"}))
+    tables = [claims_table(rows), states.rename(columns={"run": "policy"}), *([sweep_table(sweep)] if sweep else [])]
+    return "\n\n".join(markdown_table(table) for table in tables)
 
 
 def compare_claims(fresh: list[dict[str, Any]], reference: list[dict[str, Any]]) -> pd.DataFrame:

@@ -341,7 +341,9 @@ def command_notebooks(study: Study, args: argparse.Namespace) -> None:
         for path in sorted(NOTEBOOKS.glob("*.ipynb")):
             start = time.perf_counter()
             notebook = nbformat.read(path, as_version=4)
-            NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+            place = {"metadata": {"path": str(NOTEBOOKS)}}
+            quiet = ["--log-level=CRITICAL"]
+            NotebookClient(notebook, kernel_name="python3", resources=place, extra_arguments=quiet).execute()
             for cell in notebook.cells:
                 cell.metadata.pop("execution", None)  # times of day, which would make every diff long
             nbformat.write(notebook, path)
@@ -386,7 +388,8 @@ def update_readme(study: Study, seeds: list[int]) -> None:
     text = readme.read_text(encoding="utf-8")
     if begin in text:
         rows = runs.read_json(reference / "claims.json")
-        tables = readme_tables(rows, runs.read_metrics(reference, study, seeds))
+        sweep = runs.read_json(reference / "theory.json")["sweep"]
+        tables = readme_tables(rows, runs.read_metrics(reference, study, seeds), sweep)
         before, _, rest = text.partition(begin)
         readme.write_text(f"{before}{begin}\n\n{tables}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
