@@ -35,7 +35,8 @@ def results(tmp_path_factory):
 
 
 def make(results: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"NONDECOUPLING_RESULTS": str(results), "PYTHONWARNINGS": "ignore"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    environment = inherited | {"NONDECOUPLING_RESULTS": str(results), "PYTHONWARNINGS": "ignore"}
     command = ["make", *arguments, "SEEDS=0-1", "JOBS=2", f"SET={TOY}"]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
