@@ -63,7 +63,8 @@ lab: $(READY) ## open JupyterLab on the notebooks
 test: lint ## lint, unit tests, and every notebook re-executed and compared (nbval)
 	$(PYTHON) -m pytest -q
 	@# The notebooks run in a results folder of their own, so that a test never touches a study.
-	NONDECOUPLING_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(PYTHON) -m pytest -q --nbval notebooks \
+	NONDECOUPLING_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 \
+		$(PYTHON) -m pytest -q --nbval notebooks \
 		--nbval-sanitize-with tests/nbval-sanitize.cfg --nbval-kernel-name python3 --nbval-cell-timeout 600
 
 lint: $(READY) ## ruff and mypy
