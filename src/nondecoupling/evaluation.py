@@ -9,6 +9,7 @@ from scipy.special import log_softmax, logsumexp, rel_entr
 from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from nondecoupling.corpus import majority_reward
 from nondecoupling.profile import Evaluation, Prompt
 from nondecoupling.prompts import answer_texts, parse_robust, parse_strict, prompt_ids, response_ids, responses, reward
 
@@ -165,7 +166,7 @@ def summarise(
 
     return {
         "n": len(labels),
-        "majority_reward": abs(2 * float(labels.mean()) - 1),
+        "majority_reward": majority_reward(predictions["label"]),
         "sft_loss": float(-of_label.mean()),
         "sft_loss_per_token": float(-of_label.sum() / np.take(response_tokens, labels).sum()),
         "label_loss": float(-log_softmax(logp, axis=1)[np.arange(len(labels)), labels].mean()),

@@ -33,6 +33,7 @@ NOTEBOOK_OF = {
     "theory": "06_theory",
     "claims": "07_claims",
 }
+QUIET_KERNEL = ["--log-level=CRITICAL"]  # else every kernel prints a warning about TCP
 SUMMARIES = ("theory", "claims")  # notebooks that read runs and write <name>.json beside them
 # Sections of the profile that decide a stage's result, besides its parent.
 SETTINGS_OF = {
@@ -48,6 +49,11 @@ SETTINGS_OF = {
 def stage_of(study: Study, run: str) -> str:
     """The stage that makes ``run``; ValueError names the nearest run if the plan has none of that name."""
     return run if run in (*runs.SHARED_RUNS, *SUMMARIES) else study.run(run).stage
+
+
+def label_of(run: str, seed: int) -> str:
+    """What a run is called in printed lines; those that stand once per study have no seed."""
+    return run if run in (*runs.SHARED_RUNS, *SUMMARIES) else f"seed {seed} · {run}"
 
 
 def target_of(root: Path, run: str, seed: int) -> Path:
@@ -180,7 +186,7 @@ def execute(study: Study, run: str, seed: int, seeds: str, options: dict[str, An
             kernel_name="python3",
             progress_bar=False,
             cwd=str(NOTEBOOKS),
-            extra_arguments=["--log-level=CRITICAL"],  # else every kernel prints a warning about TCP
+            extra_arguments=QUIET_KERNEL,
         )
     except (PapermillExecutionError, DeadKernelError) as error:
         os.replace(working, failed)
@@ -219,8 +225,7 @@ def status_lines(study: Study, seeds: list[int]) -> list[str]:
             "interrupted": base.with_name(f"{base.name}.partial").exists(),
         }
         state = next((name for name, holds in states.items() if holds), "missing")
-        who = run if run in (*runs.SHARED_RUNS, *SUMMARIES) else f"seed {seed} · {run}"
-        lines.append(f"{state:<12} {who:<26} {base}")
+        lines.append(f"{state:<12} {label_of(run, seed):<26} {base}")
     return lines
 
 
@@ -293,7 +298,6 @@ def print_claims(root: Path) -> None:
 def command_run(study: Study, args: argparse.Namespace) -> None:
     seeds = args.seeds or study.profile.seeds
     parse_seeds(seeds)
-    who = args.run if args.run in (*runs.SHARED_RUNS, *SUMMARIES) else f"seed {args.seed} · {args.run}"
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}, but seeds are 0 or more.")
     folders = {
@@ -305,7 +309,7 @@ def command_run(study: Study, args: argparse.Namespace) -> None:
     execute(
         study, args.run, args.seed, seeds, {"profile": args.profile, "overrides": parse_overrides(args.set), **folders}
     )
-    print(f"{who} · {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{label_of(args.run, args.seed)} · {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def command_list(study: Study, args: argparse.Namespace) -> None:
@@ -342,8 +346,7 @@ def command_notebooks(study: Study, args: argparse.Namespace) -> None:
             start = time.perf_counter()
             notebook = nbformat.read(path, as_version=4)
             place = {"metadata": {"path": str(NOTEBOOKS)}}
-            quiet = ["--log-level=CRITICAL"]
-            NotebookClient(notebook, kernel_name="python3", resources=place, extra_arguments=quiet).execute()
+            NotebookClient(notebook, kernel_name="python3", resources=place, extra_arguments=QUIET_KERNEL).execute()
             for cell in notebook.cells:
                 cell.metadata.pop("execution", None)  # times of day, which would make every diff long
             nbformat.write(notebook, path)

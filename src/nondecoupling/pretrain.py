@@ -4,9 +4,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
+from sklearn.metrics import balanced_accuracy_score
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
@@ -139,8 +139,7 @@ def weighted_loss(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[floa
 def probe_accuracy(predictions: pd.DataFrame) -> float:
     """Balanced accuracy of the likelier response (each label's recall, averaged)."""
     logp, labels = label_log_probabilities(predictions), predictions["label"].to_numpy()
-    right = (logp[:, 1] > logp[:, 0]) == labels
-    return float(np.mean([right[labels == label].mean() for label in (0, 1)]))
+    return float(balanced_accuracy_score(labels, (logp[:, 1] > logp[:, 0]).astype(int)))
 
 
 def pretrain(
