@@ -3,12 +3,14 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-PROFILE ?= nano
+# The paper's own setting where there is an NVIDIA GPU, the embedded study otherwise.
+PROFILE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo paper || echo nano)
 SEEDS   ?=
 DATA    ?=
 MODEL   ?=
 SET     ?=
-JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
+# Studies of real models share one GPU, or all cores, among their runs one after the other.
+JOBS    ?= $(if $(filter nano,$(PROFILE)),$(shell nproc 2>/dev/null || echo 2),1)
 
 # The active conda environment of environment.yml, or a .venv made from requirements.lock.
 ifeq ($(CONDA_DEFAULT_ENV),nondecoupling)

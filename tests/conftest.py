@@ -94,8 +94,8 @@ def make_data(study: Study) -> Path:
     """What notebook 1 does."""
     started, root = runs.now(), runs.study_folder(study)
     partial = runs.open_run(root, "data", seed=0)
-    corpus.generate_corpus(study.profile.data, partial)
-    summary = corpus.describe_corpus(corpus.load_corpus(partial))
+    folder = corpus.collect_corpus(study.profile.data, partial)
+    summary = corpus.describe_corpus(corpus.load_corpus(folder))
     runs.write_metrics(
         partial,
         study,
@@ -105,7 +105,7 @@ def make_data(study: Study) -> Path:
         seed=None,
         evaluation={split: {"n": int(row.sentences)} for split, row in summary.iterrows()},
         training={},
-        provenance=runs.describe_provenance(study, started, data_sha256=runs.file_hashes(partial, "*.tsv")),
+        provenance=runs.describe_provenance(study, started, data_sha256=runs.file_hashes(folder, "*.tsv")),
     )
     return runs.publish(partial)
 
@@ -117,17 +117,13 @@ def make_base(study: Study) -> Path:
     started, root, settings = runs.now(), runs.study_folder(study), study.profile
     table = training.load_checked_corpus(study, root)
     partial = runs.open_run(root, "base", seed=0)
-    history = pretrain.pretrain(
-        settings.pretrain,
-        settings.prompt,
-        settings.evaluation,
-        exclude=set(table["sentence"]),
-        folder=partial / runs.POLICY,
-    )
-    base = partial / runs.POLICY
+    base = training.base_folder(study, root) if settings.model.folder else partial / runs.POLICY
+    if not settings.model.folder:
+        exclude = set(table["sentence"])
+        pretrain.pretrain(settings.pretrain, settings.prompt, settings.evaluation, exclude=exclude, folder=base)
     tables = training.evaluation_tables(table, settings.evaluation.train_size)
     metrics, predictions = training.measure(
-        models.load_base(base), models.load_tokenizer(base), settings, tables, references={}
+        models.load_base(base, settings.model), models.load_tokenizer(base), settings, tables, references={}
     )
     for split, answers in predictions.items():
         answers.to_parquet(partial / runs.predictions_file(split))
@@ -140,8 +136,8 @@ def make_base(study: Study) -> Path:
         parent=None,
         seed=None,
         evaluation={split: values | same for split, values in metrics.items()},
-        training={"steps": int(history["step"].iloc[-1])},
-        provenance=runs.describe_provenance(study, started, model=runs.file_hashes(base, "*.safetensors")),
+        training={},
+        provenance=runs.describe_provenance(study, started, model=training.describe_model(study, base)),
     )
     return runs.publish(partial)
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from nondecoupling import claims, corpus, runs
+from nondecoupling import claims, corpus, flags, runs
 from nondecoupling.profile import load_study
 
 NAN = math.nan
@@ -108,7 +108,7 @@ def test_the_verdict_follows_from_the_interval_and_the_claimed_side(low, high, s
 )
 def test_collapse_is_one_answer_without_correlation(rate, mcc, collapsed):
     table = pd.DataFrame({"predicted_acceptable_rate": [rate], "mcc": [mcc]})
-    assert claims.is_collapsed(table).tolist() == [collapsed]
+    assert flags.is_collapsed(table).tolist() == [collapsed]
 
 
 def test_claims_are_named_once_and_speak_of_planned_runs(metrics):

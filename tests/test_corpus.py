@@ -24,7 +24,7 @@ COLA = {
     "out_of_domain_dev.tsv": (516, "201b9c57b2a20f1282242eec0ed8995729e3be19c29a46c047b3727338836c05", 0.6860),
 }
 
-SMALL = Data(folder=None, train_size=300, dev_size=110, disagreement=0.1, seed=7)
+SMALL = Data(source="generated", folder=None, expect="any", train_size=300, dev_size=110, disagreement=0.1, seed=7)
 
 
 def write(folder, split="train", text="a\t1\t\tFine.\nb\t0\t*\tFine not.\n"):
@@ -116,11 +116,15 @@ def test_majority_reward_by_hand(labels, reward):
 
 
 def test_the_training_subset_is_fixed_and_of_training_sentences(hand_made):
-    first, again = corpus.training_subset(hand_made, 2), corpus.training_subset(hand_made, 2)
+    first, again = corpus.fixed_subset(hand_made, "train", 2), corpus.fixed_subset(hand_made, "train", 2)
     pd.testing.assert_frame_equal(first, again)
     assert len(first) == first["sentence"].nunique() == 2
     assert set(first["split"]) == {"train"}
-    assert sorted(corpus.training_subset(hand_made, 99)["sentence"]) == ["One sleeps.", "Two sleep.", "Two sleeps."]
+    assert sorted(corpus.fixed_subset(hand_made, "train", 99)["sentence"]) == [
+        "One sleeps.",
+        "Two sleep.",
+        "Two sleeps.",
+    ]
 
 
 # The generated corpus

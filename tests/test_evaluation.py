@@ -14,7 +14,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from nondecoupling import models, pretrain, prompts
 from nondecoupling.evaluation import Prefix, batches, left_padded, mean_outcome_kl, predict, summarise, three_outcomes
-from nondecoupling.profile import Prompt, load_study
+from nondecoupling.profile import Model, Prompt, load_study
+
+PLAIN = Model(folder=None, quantization="none", dtype="float32")
 
 PROMPT = Prompt(template="{sentence}", acceptable="acceptable", unacceptable="unacceptable", max_new_tokens=5)
 LIMIT = 5
@@ -45,7 +47,7 @@ def policy(request, settings):
     """A policy with its tokenizer: one with random weights, and one that has learnt to answer."""
     if request.param == "pretrained":
         folder = request.getfixturevalue("built_base") / "policy"
-        return models.load_base(folder).eval(), models.load_tokenizer(folder)
+        return models.load_base(folder, PLAIN).eval(), models.load_tokenizer(folder)
     tokenizer = request.getfixturevalue("nano_tokenizer")
     return make_uneven(pretrain.new_model(settings.pretrain, tokenizer)), tokenizer
 
@@ -172,7 +174,7 @@ def test_sampled_answers_follow_the_exact_probabilities(policy, settings, table)
 
 def test_a_pretrained_policy_gives_each_label_as_often_as_its_probability_says(built_base, settings, table):
     folder = built_base / "policy"
-    model, tokenizer = models.load_base(folder).eval(), models.load_tokenizer(folder)
+    model, tokenizer = models.load_base(folder, PLAIN).eval(), models.load_tokenizer(folder)
     copies = 3000
     [question] = prompts.prompt_ids(tokenizer, settings.prompt, table["sentence"][:1])
     with torch.no_grad():

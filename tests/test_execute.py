@@ -10,16 +10,16 @@ import pytest
 from nondecoupling import execute, runs
 from nondecoupling.profile import Study, load_study, parse_seeds, with_overrides
 
-STAGES = {"corpus", "evaluation", "grammar", "models", "profile", "prompts", "runs", "training"}
+STAGES = {"corpus", "evaluation", "grammar", "hub", "models", "profile", "prompts", "runs", "training"}
 MODULES = {
-    "01_data": {"corpus", "grammar", "profile", "runs"},
+    "01_data": {"corpus", "grammar", "hub", "profile", "runs"},
     "02_base": STAGES | {"pretrain"},
-    "03_sft": STAGES,
-    "04_rl": STAGES,
-    "06_theory": {"corpus", "grammar", "profile", "runs", "statistics", "theory"},
-    "07_claims": {"claims", "corpus", "figures", "grammar", "profile", "runs", "statistics", "theory"},
+    "03_sft": STAGES | {"flags"},
+    "04_rl": STAGES | {"flags"},
+    "06_theory": {"corpus", "grammar", "hub", "profile", "runs", "statistics", "theory"},
+    "07_claims": {"claims", "corpus", "figures", "flags", "grammar", "hub", "profile", "runs", "statistics", "theory"},
 }
-ARGUMENTS = argparse.Namespace(profile="nano", data="", model="", set="")
+ARGUMENTS = argparse.Namespace(profile="nano", data="", model="", set="", jobs=2)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_every_run_is_planned_after_its_parent(sweep):
 
 
 def test_recipes_carry_the_users_words_through_make_and_shell(results):
-    words = argparse.Namespace(profile="nano", data="my data", model="", set="prompt.acceptable=$HOME'x")
+    words = argparse.Namespace(profile="nano", data="my data", model="", set="prompt.acceptable=$HOME'x", jobs=1)
     text = write_rules(load_study("nano"), arguments=words)
     recipe = next(line for line in text.splitlines() if "--run sft-rl" in line)
     assert "'my data'" in recipe

@@ -5,8 +5,9 @@ import torch
 from peft import PeftModel
 
 from nondecoupling import models
-from nondecoupling.profile import Adaptation
+from nondecoupling.profile import Adaptation, Model
 
+PLAIN = Model(folder=None, quantization="none", dtype="float32")
 LORA = Adaptation(method="lora", rank=4, alpha=8)
 FULL = Adaptation(method="full", rank=4, alpha=8)
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -34,23 +35,25 @@ def change(model):
 
 @pytest.mark.parametrize("adaptation", [LORA, FULL], ids=["lora", "full"])
 def test_a_fresh_policy_equals_the_base(base, adaptation):
-    assert torch.equal(logits(models.start_policy(base, None, adaptation, seed=3)), logits(models.load_base(base)))
+    assert torch.equal(
+        logits(models.start_policy(base, None, PLAIN, adaptation, seed=3)), logits(models.load_base(base, PLAIN))
+    )
 
 
 @pytest.mark.parametrize("adaptation", [LORA, FULL], ids=["lora", "full"])
 def test_a_saved_policy_is_the_one_that_was_trained(base, adaptation, tmp_path):
-    policy = models.start_policy(base, None, adaptation, seed=3)
+    policy = models.start_policy(base, None, PLAIN, adaptation, seed=3)
     change(policy)
     models.save_policy(policy, tmp_path / "policy")
-    again = models.start_policy(base, tmp_path / "policy", adaptation, seed=4)
+    again = models.start_policy(base, tmp_path / "policy", PLAIN, adaptation, seed=4)
     assert torch.equal(logits(again), logits(policy))
-    assert not torch.equal(logits(again), logits(models.load_base(base)))
+    assert not torch.equal(logits(again), logits(models.load_base(base, PLAIN)))
     assert models.count_parameters(again) == models.count_parameters(policy)  # it can be trained on
     assert not [path for path in (tmp_path / "policy").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
 
 def test_the_adapter_is_saved_without_the_reference_beside_it(base, tmp_path):
-    policy = models.start_policy(base, None, LORA, seed=3)
+    policy = models.start_policy(base, None, PLAIN, LORA, seed=3)
     policy.add_adapter("ref", policy.peft_config["default"])
     models.save_policy(policy, tmp_path / "policy")
     assert not (tmp_path / "policy" / "ref").exists()
@@ -58,7 +61,7 @@ def test_the_adapter_is_saved_without_the_reference_beside_it(base, tmp_path):
 
 
 def test_lora_trains_an_adapter_of_every_linear_layer_and_nothing_else(base):
-    policy = models.start_policy(base, None, LORA, seed=3)
+    policy = models.start_policy(base, None, PLAIN, LORA, seed=3)
     assert isinstance(policy, PeftModel)
     trained = {name for name, weight in policy.named_parameters() if weight.requires_grad}
     assert all(".lora_" in name for name in trained)
@@ -69,17 +72,17 @@ def test_lora_trains_an_adapter_of_every_linear_layer_and_nothing_else(base):
     per_layer = 4 * (hidden + width) + 3 * (hidden + inner)
     count, total = models.count_parameters(policy)
     assert count == LORA.rank * layers * per_layer
-    assert total == count + models.count_parameters(models.load_base(base))[1]
+    assert total == count + models.count_parameters(models.load_base(base, PLAIN))[1]
 
 
 def test_full_trains_everything(base):
-    count, total = models.count_parameters(models.start_policy(base, None, FULL, seed=3))
+    count, total = models.count_parameters(models.start_policy(base, None, PLAIN, FULL, seed=3))
     assert count == total
 
 
 def test_the_seed_decides_the_adapters_start(base):
     def start(seed):
-        policy = models.start_policy(base, None, LORA, seed=seed)
+        policy = models.start_policy(base, None, PLAIN, LORA, seed=seed)
         return torch.cat([weight.flatten() for weight in policy.parameters() if weight.requires_grad])
 
     assert torch.equal(start(3), start(3))
@@ -88,9 +91,9 @@ def test_the_seed_decides_the_adapters_start(base):
 
 @pytest.mark.parametrize(("trained", "asked"), [(LORA, FULL), (FULL, LORA)])
 def test_a_policy_trained_by_another_method_is_refused(base, tmp_path, trained, asked):
-    models.save_policy(models.start_policy(base, None, trained, seed=3), tmp_path / "policy")
+    models.save_policy(models.start_policy(base, None, PLAIN, trained, seed=3), tmp_path / "policy")
     with pytest.raises(ValueError, match=f"policy was not trained with adaptation.method={asked.method}"):
-        models.start_policy(base, tmp_path / "policy", asked, seed=3)
+        models.start_policy(base, tmp_path / "policy", PLAIN, asked, seed=3)
 
 
 @pytest.mark.parametrize("need", ["chat_template", "eos_token", "pad_token"])
@@ -112,7 +115,7 @@ def test_a_saved_tokenizer_is_the_same(nano_tokenizer, tmp_path):
 
 
 def test_weights_are_read_in_full_precision(base):
-    assert {weight.dtype for weight in models.load_base(base).parameters()} == {torch.float32}
+    assert {weight.dtype for weight in models.load_base(base, PLAIN).parameters()} == {torch.float32}
 
 
 def test_an_adapter_is_not_continued_at_another_rank(prepare, built_sft):

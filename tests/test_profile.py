@@ -96,7 +96,7 @@ def test_a_loaded_profile_cannot_be_changed():
         (put("prompt", "acceptable", value=""), ["'prompt.acceptable'"]),
         (put("prompt", "unacceptable", value="Acceptable"), ["prompt", "acceptable"]),  # robust reading ignores case
         (lambda tree: tree["sft"].pop("steps"), ["'sft.steps'", "missing"]),
-        (lambda tree: tree.pop("pretrain"), ["'pretrain'", "missing"]),
+        (lambda tree: tree.pop("pretrain"), ["no base model", "'pretrain'"]),
     ],
 )
 def test_a_fault_is_named_by_its_key_in_one_sentence(edit, change, words):

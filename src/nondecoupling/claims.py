@@ -7,8 +7,8 @@ dev sentences. With the 95 % t interval of its mean over seeds, a claim is
 * *not reproduced* if the whole interval lies on the other side,
 * *inconclusive* if the interval includes zero, or if there is only one seed.
 
-A policy is *collapsed* if it gives one answer to at least 98 % of the sentences and its Matthews correlation is below
-0.05 in absolute value: it has learnt the majority label and nothing else. The verdict's note says where that happened.
+A policy is *collapsed* (`flags.is_collapsed`) if it has learnt the majority label and nothing else. The verdict's note
+says where that happened.
 """
 
 import math
@@ -20,13 +20,12 @@ import numpy as np
 import pandas as pd
 
 from nondecoupling import corpus, runs, theory
+from nondecoupling.flags import is_collapsed
 from nondecoupling.profile import Study
 from nondecoupling.statistics import mean_interval, paired_test
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 
-COLLAPSED_SHARE = 0.98
-COLLAPSED_MCC = 0.05
 STATES = ["base", "sft", "sft-rl", "rl", "rl-sft"]
 
 
@@ -60,12 +59,6 @@ def verdict_of(low: float, high: float, sign: int) -> Verdict:
     return "reproduced" if (low > 0) == (sign > 0) else "not reproduced"
 
 
-def is_collapsed(metrics: pd.DataFrame) -> pd.Series:
-    """For each row of metrics, whether the policy gives (nearly) one answer to everything."""
-    rate = metrics["predicted_acceptable_rate"]
-    return (rate.clip(lower=1 - rate) >= COLLAPSED_SHARE) & (metrics["mcc"].abs() < COLLAPSED_MCC)
-
-
 def label_log_odds(folder: Path) -> tuple[np.ndarray, pd.DataFrame]:
     """log p(acceptable) - log p(unacceptable) of a run on dev, (sentences,), and its predictions."""
     answers = runs.read_predictions(folder)
@@ -79,9 +72,9 @@ def predictions_of_theory(study: Study, root: Path, metrics: pd.DataFrame) -> di
     (2q-1)^2), RL ends at its closed form. For RL from the base that is the measured base policy, tilted by the expected
     reward of each dev sentence.
     """
-    if study.profile.data.folder:
-        return {}
     disagreement, beta = study.profile.data.disagreement, study.profile.rl.beta
+    if disagreement is None or not study.profile.data.generated:
+        return {}
     q = 1 - disagreement
     log_odds, answers = label_log_odds(root / "base")
     marks = corpus.read_tsv(root / "data" / corpus.FILES["dev"]).set_index("sentence")["mark"]

@@ -1,17 +1,73 @@
-"""CoLA-shaped corpora: one reader for CoLA's own files and for the generated ones, one table out."""
+"""CoLA-shaped corpora: from a folder, from the hub or generated; one reader, one table out."""
 
 import csv
+import hashlib
 import io
 from pathlib import Path
 
 import pandas as pd
 
-from nondecoupling import grammar
+from nondecoupling import grammar, hub
 from nondecoupling.profile import Data
 
 # CoLA 1.1's file names; the third is optional.
 FILES = {"train": "in_domain_train.tsv", "dev": "in_domain_dev.tsv", "dev_out": "out_of_domain_dev.tsv"}
 COLUMNS = ["source", "label", "mark", "sentence"]
+# The public CoLA 1.1, as its authors distribute it.
+COLA_SHA256 = {
+    "in_domain_train.tsv": "f320a10f92d3bce6b29152fde322a362eac39238e50d8de0c8815457fdf4fc12",
+    "in_domain_dev.tsv": "77176f6a03faa5a1c4f23c69971fc1bff565931112fb65af47b2d6e24b7f42f7",
+    "out_of_domain_dev.tsv": "201b9c57b2a20f1282242eec0ed8995729e3be19c29a46c047b3727338836c05",
+}
+GLUE_ROWS = {"train": 8551, "validation": 1043}
+# GLUE's validation set does not say which sentences are in-domain; these 527, if it begins with them.
+IN_DOMAIN = 527
+IN_DOMAIN_SHA256 = "9847f1c624b4d52bf55239211922a1648a897d854585982482ffddee185d8303"
+
+
+def collect_corpus(data: Data, folder: Path) -> Path:
+    """The folder that holds the study's TSV files: the user's own, else ``folder`` after they were written there.
+
+    Raises ValueError naming the file and both hashes (or row counts) where ``data.expect`` is "cola" and it is not,
+    ConnectionError where the hub is needed and cannot be reached.
+    """
+    if data.folder:
+        if data.expect == "cola":
+            check_cola(Path(data.folder))
+        return Path(data.folder)
+    if data.source == "hub":
+        write_glue({split: pd.read_parquet(path) for split, path in hub.fetch_glue().items()}, folder)
+    else:
+        generate_corpus(data, folder)
+    return folder
+
+
+def check_cola(folder: Path) -> None:
+    """Raise ValueError unless every CoLA file in ``folder`` is CoLA 1.1's, byte for byte."""
+    for name, expected in COLA_SHA256.items():
+        path = folder / name
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else expected
+        if found != expected:
+            raise ValueError(
+                f"{path} has sha256 {found}, but CoLA 1.1's is {expected}; download it again, or set data.expect=any "
+                f"for a corpus of your own."
+            )
+
+
+def write_glue(tables: dict[str, pd.DataFrame], folder: Path) -> None:
+    """Write GLUE's copy of CoLA (columns ``sentence, label``) to ``folder`` as CoLA-shaped TSV files.
+
+    The two dev sets are kept apart where the validation table begins with CoLA's in-domain sentences, in their order.
+    """
+    for split, rows in GLUE_ROWS.items():
+        if len(tables[split]) != rows:
+            raise ValueError(f"{hub.GLUE}, {hub.GLUE_FILES[split]}: {len(tables[split])} rows, but CoLA's has {rows}.")
+    validation = tables["validation"]
+    first = "\n".join(validation["sentence"].iloc[:IN_DOMAIN])
+    apart = hashlib.sha256(first.encode()).hexdigest() == IN_DOMAIN_SHA256
+    dev = {"dev": validation.iloc[:IN_DOMAIN], "dev_out": validation.iloc[IN_DOMAIN:]} if apart else {"dev": validation}
+    for split, table in {"train": tables["train"], **dev}.items():
+        write_tsv(table.assign(source="glue", mark=""), folder / FILES[split])
 
 
 def generate_corpus(data: Data, folder: Path) -> None:
@@ -20,10 +76,13 @@ def generate_corpus(data: Data, folder: Path) -> None:
     Labels are the grammar's verdict, flipped for a share ``data.disagreement`` of sentences; the mark column keeps the
     verdict ("*" for unacceptable), as CoLA's keeps the author's. Train and dev share no sentence.
     """
-    clean = grammar.sample_sentences(data.train_size + data.dev_size, seed=data.seed)
-    splits = {"dev": clean.iloc[: data.dev_size], "train": clean.iloc[data.dev_size :]}
+    train_size, dev_size, disagreement, seed = data.train_size, data.dev_size, data.disagreement, data.seed
+    if train_size is None or dev_size is None or disagreement is None or seed is None:
+        raise ValueError("The generated corpus needs data.train_size, dev_size, disagreement and seed.")
+    clean = grammar.sample_sentences(train_size + dev_size, seed=seed)
+    splits = {"dev": clean.iloc[:dev_size], "train": clean.iloc[dev_size:]}
     for offset, (split, table) in enumerate(splits.items(), start=1):
-        noisy = grammar.flip_labels(table, data.disagreement, seed=data.seed + offset)
+        noisy = grammar.flip_labels(table, disagreement, seed=seed + offset)
         write_tsv(noisy, folder / FILES[split])
 
 
@@ -90,7 +149,7 @@ def majority_reward(labels: pd.Series) -> float:
     return abs(2 * float(labels.mean()) - 1)
 
 
-def training_subset(corpus: pd.DataFrame, size: int) -> pd.DataFrame:
-    """The fixed ``size`` training sentences on which every policy is measured besides dev."""
-    train = corpus[corpus["split"] == "train"]
-    return train.sample(min(size, len(train)), random_state=0).reset_index(drop=True)
+def fixed_subset(corpus: pd.DataFrame, split: str, size: int | None) -> pd.DataFrame:
+    """The same ``size`` sentences of ``split`` for every policy (None: all); the index counts rows of the split."""
+    table = corpus[corpus["split"] == split].reset_index(drop=True)
+    return table if size is None else table.sample(min(size, len(table)), random_state=0)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nondecoupling import runs
+from nondecoupling import hub, runs
 from nondecoupling.profile import Study, load_study, nearest, parse_overrides, parse_seeds
 
 NOTEBOOKS = runs.REPOSITORY / "notebooks"
@@ -33,14 +33,15 @@ NOTEBOOK_OF = {
     "theory": "06_theory",
     "claims": "07_claims",
 }
+MEMORY_ADVICE = "use JOBS=1, or lower sft.rows_per_pass, rl.rows_per_pass or evaluation.batch_size (SET=...)"
 QUIET_KERNEL = ["--log-level=CRITICAL"]  # else every kernel prints a warning about TCP
 SUMMARIES = ("theory", "claims")  # notebooks that read runs and write <name>.json beside them
 # Sections of the profile that decide a stage's result, besides its parent.
 SETTINGS_OF = {
     "data": ["data"],
     "base": ["data", "prompt", "model", "pretrain", "evaluation"],
-    "sft": ["prompt", "adaptation", "sft", "evaluation"],
-    "rl": ["prompt", "adaptation", "rl", "evaluation"],
+    "sft": ["prompt", "model", "adaptation", "sft", "evaluation"],
+    "rl": ["prompt", "model", "adaptation", "rl", "evaluation"],
     "theory": ["data", "rl"],
     "claims": ["data", "rl"],
 }
@@ -123,7 +124,7 @@ def write_rules(study: Study, plan: list[tuple[str, int]], seeds_text: str, args
     (root / "settings").mkdir(parents=True, exist_ok=True)
     command = shlex.join(
         [sys.executable, "-m", "nondecoupling.execute", "{action}", "--profile", args.profile, "--data", args.data]
-        + ["--model", args.model, "--set", args.set, "--seeds", seeds_text]
+        + ["--model", args.model, "--set", args.set, "--seeds", seeds_text, "--jobs", str(args.jobs)]
     ).replace("$", "$$")
     report, claims = root / "report.html", target_of(root, "claims", 0)
     lines = [
@@ -191,24 +192,28 @@ def execute(study: Study, run: str, seed: int, seeds: str, options: dict[str, An
     except (PapermillExecutionError, DeadKernelError) as error:
         os.replace(working, failed)
         shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
-        reason = f"{error.ename}: {error.evalue}" if isinstance(error, PapermillExecutionError) else str(error)
+        reason = (
+            f"{error.ename}: {error.evalue}"
+            if isinstance(error, PapermillExecutionError)
+            else f"its kernel died, most likely for want of memory; {MEMORY_ADVICE}"
+        )
         raise RuntimeError(f"{notebook.name} failed: {reason}\n  see {failed}") from None
     failed.unlink(missing_ok=True)
     os.replace(working, root / f"{run}.ipynb" if run in SUMMARIES else folder / "notebook.ipynb")
     return target_of(root, run, seed)
 
 
-def quiet_environment() -> None:
-    """Environment of the kernels: no progress bars in captured output, and one thread each.
+def quiet_environment(study: Study, jobs: int) -> None:
+    """Environment of the kernels: no progress bars in captured output, and a fixed number of threads each.
 
-    One thread, because the embedded model is too small for more, and because two runs side by side that each start a
-    thread per core slow each other down tenfold.
+    The embedded model is too small for more than one; others share the cores among ``jobs`` runs. Two runs side by side
+    that each start a thread per core slow each other down tenfold.
     """
     os.environ |= {
         "TQDM_DISABLE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1" if study.profile.pretrains else str(max(1, (os.cpu_count() or 1) // jobs)),
         "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and importing the compiler takes a second
     }
 
@@ -262,6 +267,15 @@ def command_theory(study: Study, args: argparse.Namespace) -> None:
     make_study(study, args, sweep=True)
 
 
+def fetch_inputs(study: Study) -> None:
+    """Download what the study needs from the hub, before a kernel starts; ConnectionError where that is impossible."""
+    profile, root = study.profile, runs.study_folder(study)
+    if profile.data.source == "hub" and not profile.data.folder and not runs.is_complete(root / "data"):
+        hub.fetch_glue()
+    if profile.model.hub and not profile.model.folder:
+        hub.fetch_model(profile.model.hub, str(profile.model.revision))
+
+
 def make_study(study: Study, args: argparse.Namespace, sweep: bool) -> None:
     """Let make execute what is missing of the study, then print its claims."""
     start, seeds_text, root = time.perf_counter(), args.seeds or study.profile.seeds, runs.study_folder(study)
@@ -270,6 +284,7 @@ def make_study(study: Study, args: argparse.Namespace, sweep: bool) -> None:
     sweep = sweep or bool(study.runs_of("sweep")) and not runs.missing_runs(root, study, seeds, "sweep")
     plan = planned_runs(study, seeds, sweep)
     rules = write_rules(study, plan, seeds_text, args)
+    fetch_inputs(study)
     missing = sum(not target_of(root, *entry).exists() for entry in plan)
     print(
         f"study '{study.name}': {len(plan)} notebooks, {missing} without a result yet, {args.jobs} at a time",
@@ -304,7 +319,7 @@ def command_run(study: Study, args: argparse.Namespace) -> None:
         name: str(Path(value).resolve()) if value else ""
         for name, value in (("data", args.data), ("model", args.model))
     }
-    quiet_environment()
+    quiet_environment(study, args.jobs)
     start = time.perf_counter()
     execute(
         study, args.run, args.seed, seeds, {"profile": args.profile, "overrides": parse_overrides(args.set), **folders}
@@ -339,7 +354,7 @@ def command_notebooks(study: Study, args: argparse.Namespace) -> None:
     import nbformat
     from nbclient import NotebookClient
 
-    quiet_environment()
+    quiet_environment(study, jobs=1)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NONDECOUPLING_RESULTS"] = folder
         for path in sorted(NOTEBOOKS.glob("*.ipynb")):
@@ -362,7 +377,7 @@ def command_reference(study: Study, args: argparse.Namespace) -> None:
     if runs.missing_runs(root, study, seeds):
         raise RuntimeError(f"{root} is not complete; finish the study first (make reproduce).")
     shutil.rmtree(reference, ignore_errors=True)
-    real = study.profile.data.folder is not None
+    real = not study.profile.data.generated
     sweep = not runs.missing_runs(root, study, seeds, "sweep")
     for run, seed in planned_runs(study, seeds, sweep)[:-2]:
         source, copy = (runs.run_folder(folder, run, seed) for folder in (root, reference))

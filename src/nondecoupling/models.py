@@ -5,9 +5,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
-from nondecoupling.profile import Adaptation
+from nondecoupling.profile import Adaptation, Model
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -21,23 +28,39 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(base: Path) -> PreTrainedModel:
-    """The causal language model in folder ``base``, in float32."""
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+def load_base(base: Path, how: Model) -> PreTrainedModel:
+    """The causal language model in folder ``base``, on the GPU where there is one.
+
+    Its weights are held as ``how`` says: in ``dtype``, those of linear layers in 8 bits with ``quantization: 8bit``.
+    """
+    # cuDNN's attention gave NaN gradients on left-padded batches (torch 2.11 on an H100); the other kernels do not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=getattr(torch, how.dtype),
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True) if how.quantization == "8bit" else None,
+        attn_implementation="sdpa",
+        device_map={"": 0} if torch.cuda.is_available() else None,
+        local_files_only=True,
+        use_safetensors=True,
+    )
 
 
-def start_policy(base: Path, parent: Path | None, adaptation: Adaptation, seed: int) -> PreTrainedModel | PeftModel:
+def start_policy(
+    base: Path, parent: Path | None, how: Model, adaptation: Adaptation, seed: int
+) -> PreTrainedModel | PeftModel:
     """A trainable policy that equals the parent's: the base model where ``parent`` is None.
 
-    With LoRA the base's weights stay frozen and one adapter is trained on through all stages; it is never merged,
-    because merging rounds the weights. ``seed`` initialises a fresh adapter (which starts as the identity).
+    With LoRA the base's weights stay frozen and one adapter, in float32 whatever the base's type, is trained on through
+    all stages; it is never merged, because merging rounds the weights. ``seed`` initialises a fresh adapter (which
+    starts as the identity).
     """
     if parent is not None and (parent / ADAPTER_FILE).exists() != (adaptation.method == "lora"):
         raise ValueError(f"The policy in {parent} was not trained with adaptation.method={adaptation.method}.")
     if adaptation.method == "full":
-        return load_base(parent or base)
+        return load_base(parent or base, how)
     if parent is not None:
-        policy = PeftModel.from_pretrained(load_base(base), parent, is_trainable=True)
+        policy = PeftModel.from_pretrained(load_base(base, how), parent, is_trainable=True)
         trained: Any = policy.peft_config["default"]
         if (trained.r, trained.lora_alpha) != (adaptation.rank, adaptation.alpha):
             raise ValueError(
@@ -53,7 +76,7 @@ def start_policy(base: Path, parent: Path | None, adaptation: Adaptation, seed: 
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(load_base(base), config)
+    return get_peft_model(load_base(base, how), config)
 
 
 def save_policy(model: PreTrainedModel | PeftModel, folder: Path) -> None:

@@ -28,13 +28,31 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """Where sentences come from. ``folder`` (CoLA's TSV files) wins over the generated corpus."""
+    """Where sentences come from: ``folder`` (CoLA-shaped TSV files) if it is given, else ``source``.
 
+    ``expect: cola`` refuses files that are not CoLA 1.1's, byte for byte. The other settings shape the generated
+    corpus.
+    """
+
+    source: Literal["generated", "hub"]
     folder: str | None
-    train_size: Count
-    dev_size: Count
-    disagreement: Annotated[float, Field(ge=0, lt=0.5)]
-    seed: int
+    expect: Literal["any", "cola"]
+    train_size: Count | None = None
+    dev_size: Count | None = None
+    disagreement: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    seed: int | None = None
+
+    @property
+    def generated(self) -> bool:
+        """Whether the corpus is the generated one, whose disagreement is known."""
+        return self.source == "generated" and self.folder is None
+
+    @model_validator(mode="after")
+    def generated_corpus_is_described(self) -> "Data":
+        missing = [name for name in ("train_size", "dev_size", "disagreement", "seed") if getattr(self, name) is None]
+        if self.source == "generated" and missing:
+            raise ValueError(f"the generated corpus needs the setting '{missing[0]}'")
+        return self
 
 
 class Prompt(Section):
@@ -61,9 +79,24 @@ class Adaptation(Section):
 
 
 class Model(Section):
-    """The base model. ``folder`` is a causal LM with a chat template; empty means: pretrain one here."""
+    """The base model: ``folder`` (a causal LM with a chat template) if it is given, else ``hub``, else pretrained here.
+
+    ``revision`` and ``sha256`` (of the weights) pin what the hub id stands for. ``quantization`` and ``dtype`` say
+    how the frozen weights are held; adapters are float32 in any case.
+    """
 
     folder: str | None
+    hub: str | None = None
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    quantization: Literal["none", "8bit"]
+    dtype: Literal["float32", "bfloat16"]
+
+    @model_validator(mode="after")
+    def hub_is_pinned(self) -> "Model":
+        if self.hub and not self.revision:
+            raise ValueError("a hub id needs the setting 'revision', or a run could not be repeated")
+        return self
 
 
 class Pretrain(Section):
@@ -91,9 +124,16 @@ class Sft(Section):
 
     steps: Count
     batch_size: Count
+    rows_per_pass: Count
     learning_rate: Positive
     warmup_share: Share
     schedule: Literal["constant", "linear", "cosine"]
+
+    @model_validator(mode="after")
+    def passes_fill_the_batch(self) -> "Sft":
+        if self.batch_size % min(self.rows_per_pass, self.batch_size):
+            raise ValueError(f"rows_per_pass ({self.rows_per_pass}) must divide batch_size ({self.batch_size})")
+        return self
 
 
 class Rl(Section):
@@ -102,18 +142,21 @@ class Rl(Section):
     steps: Count
     prompts_per_step: Count
     answers_per_prompt: Annotated[int, Field(ge=2)]
+    rows_per_pass: Count
     learning_rate: Positive
     warmup_share: Share
     schedule: Literal["constant", "linear", "cosine"]
     beta: Annotated[float, Field(ge=0)]
     normalisation: Literal["none", "group"]
     reward: Literal["strict", "robust"]
+    least_rewarded: Share
 
 
 class Evaluation(Section):
     """How policies are measured."""
 
     points: Annotated[int, Field(ge=2)]
+    along_size: Count | None
     train_size: Count
     batch_size: Count
     seed: int
@@ -141,11 +184,26 @@ class Profile(Section):
     prompt: Prompt
     model: Model
     adaptation: Adaptation
-    pretrain: Pretrain
+    pretrain: Pretrain | None = None
     sft: Sft
     rl: Rl
     evaluation: Evaluation
     runs: list[Run]
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the study grows a base model of its own."""
+        return not (self.model.folder or self.model.hub)
+
+    @model_validator(mode="after")
+    def base_can_be_had(self) -> "Profile":
+        if self.pretrains and not self.pretrain:
+            raise ValueError("the study has no base model: give model.folder, model.hub or the section 'pretrain'")
+        if self.model.quantization == "8bit" and self.adaptation.method == "full":
+            raise ValueError(
+                "an 8-bit model cannot be trained whole: set adaptation.method=lora or model.quantization=none"
+            )
+        return self
 
     @model_validator(mode="after")
     def runs_form_a_graph(self) -> "Profile":

@@ -23,6 +23,7 @@ from nondecoupling.profile import Study
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED_RUNS = ("data", "base")
 METRICS, TRAJECTORY, POLICY = "metrics.json", "trajectory.csv", "policy"
+MEASURED = "measured.json"  # the last file of a checkpoint
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy")
 
 
@@ -69,8 +70,34 @@ def open_run(root: Path, run: str, seed: int) -> Path:
     return partial
 
 
+def checkpoints_folder(root: Path, run: str, seed: int) -> Path:
+    """Where an unfinished run keeps its checkpoints."""
+    folder = run_folder(root, run, seed)
+    return folder.with_name(folder.name + ".checkpoints")
+
+
+def last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path | None:
+    """The newest whole checkpoint in ``folder`` of a run of the same ``identity``, None if there is none.
+
+    Whatever else stands in the folder is removed, and ``identity`` is left there for the next attempt.
+    """
+    owner = folder / "identity.json"
+    if not owner.exists() or read_json(owner) != identity:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(owner, identity)
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{MEASURED}")]
+    for path in folder.glob("checkpoint-*"):
+        if path not in whole:
+            shutil.rmtree(path)
+    return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
 def publish(partial: Path) -> Path:
-    """Turn a partial run into a result by renaming it; it must hold readable metrics with status "complete"."""
+    """Turn a partial run into a result by renaming it; it must hold readable metrics with status "complete".
+
+    The checkpoints that led to it are removed.
+    """
     metrics = read_json(partial / METRICS)
     if metrics.get("status") != "complete":
         raise ValueError(f"{partial / METRICS} has status {metrics.get('status')!r}; only complete runs are published.")
@@ -81,6 +108,7 @@ def publish(partial: Path) -> Path:
         folder.rename(retired)
         shutil.rmtree(retired)
     partial.rename(folder)
+    shutil.rmtree(folder.with_name(folder.name + ".checkpoints"), ignore_errors=True)
     (folder / METRICS).touch()  # newer than everything it was made from, as make wants it
     return folder
 
@@ -163,7 +191,11 @@ def now() -> datetime:
 
 def file_hashes(folder: Path, pattern: str) -> dict[str, str]:
     """sha256 of each file in ``folder`` that matches ``pattern``, by name."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob(pattern))}
+    hashes = {}
+    for path in sorted(folder.glob(pattern)):
+        with path.open("rb") as content:
+            hashes[path.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return hashes
 
 
 def git(*arguments: str) -> str | None:

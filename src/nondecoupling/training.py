@@ -9,15 +9,17 @@ How this RL differs from trl's defaults, and why:
 * The KL reference is the policy that the stage starts from; the KL of the first step is checked to be 0.
 * Every step samples fresh answers from the current policy (one gradient step per generation, no stale samples).
 * Prompts are read once for all their answers, and equal (prompt, answer) pairs are scored once: the same numbers, less
-  work.
+  work. Where a step has more distinct pairs than ``rl.rows_per_pass``, they are differentiated in several passes.
+
+A stage writes a checkpoint whenever it measures the policy, and an interrupted one goes on from there.
 """
 
 import math
 import resource
-import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +27,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import trl.trainer.utils
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from nondecoupling import corpus as corpora
-from nondecoupling import models, runs
+from nondecoupling import hub, models, runs
 from nondecoupling.evaluation import Prefix, predict, summarise
-from nondecoupling.profile import Profile, Study
+from nondecoupling.profile import Profile, Rl, Sft, Study
 from nondecoupling.prompts import (
     TEMPLATE_OPTIONS,
     answer_texts,
@@ -46,6 +49,12 @@ from nondecoupling.prompts import (
     responses,
     reward,
 )
+
+# trl projects every position onto the vocabulary where there is no GPU, prompts included, so that compiled shapes stay
+# fixed. Nothing is compiled here, and prompts carry no loss.
+trl.trainer.utils._use_triton = lambda device: True
+
+SILENT_STEPS = 10  # steps without any reward to learn from after which a line says so
 
 
 class Stage(NamedTuple):
@@ -90,14 +99,28 @@ def load_checked_corpus(study: Study, root: Path) -> pd.DataFrame:
 
 
 def base_folder(study: Study, root: Path) -> Path:
-    """Where the base model's files are."""
-    return Path(study.profile.model.folder) if study.profile.model.folder else root / "base" / runs.POLICY
+    """Where the base model's files are; downloads them where the profile names a hub id that is not in the cache."""
+    model = study.profile.model
+    if model.folder:
+        return Path(model.folder)
+    if model.hub:
+        return hub.fetch_model(model.hub, str(model.revision))
+    return root / "base" / runs.POLICY
 
 
 def describe_model(study: Study, base: Path) -> dict[str, Any]:
-    """Which base model this is: its folder's name and the sha256 of its weights."""
-    name = Path(study.profile.model.folder).name if study.profile.model.folder else "pretrained by 02_base"
-    return {"id": name, "sha256": runs.file_hashes(base, "*.safetensors")}
+    """Which base model this is: id, revision and the sha256 of its weights.
+
+    Raises ValueError with both hashes where the profile pins other weights for its hub id.
+    """
+    model, hashes = study.profile.model, runs.file_hashes(base, "*.safetensors")
+    if model.folder:
+        return {"id": Path(model.folder).name, "sha256": hashes}
+    if not model.hub:
+        return {"id": "pretrained by 02_base", "sha256": hashes}
+    if model.sha256 and list(hashes.values()) != [model.sha256]:
+        raise ValueError(f"The weights in {base} have sha256 {hashes}, but the profile pins {model.sha256}.")
+    return {"id": model.hub, "revision": model.revision, "sha256": hashes}
 
 
 def prepare_stage(study: Study, run: str, seed: int, expected: str) -> Stage:
@@ -116,14 +139,14 @@ def prepare_stage(study: Study, run: str, seed: int, expected: str) -> Stage:
     tokenizer = models.load_tokenizer(base)
     check_prefix(tokenizer, settings.prompt, corpus["sentence"].iloc[0])
     parent_policy = None if plan.parent == "base" else folders["parent"] / runs.POLICY
-    policy = models.start_policy(base, parent_policy, settings.adaptation, seed)
+    policy = models.start_policy(base, parent_policy, settings.model, settings.adaptation, seed)
     return Stage(study, run, plan.parent, seed, settings, root, base, corpus, tokenizer, policy, folders, started)
 
 
 def evaluation_tables(corpus: pd.DataFrame, train_size: int) -> dict[str, pd.DataFrame]:
     """The sentences on which policies are measured: each dev split whole, and a fixed part of train."""
     tables = {split: table.reset_index(drop=True) for split, table in corpus.groupby("split") if split != "train"}
-    return {**tables, "train": corpora.training_subset(corpus, train_size)}
+    return {**tables, "train": corpora.fixed_subset(corpus, "train", train_size).reset_index(drop=True)}
 
 
 def measure(
@@ -134,7 +157,8 @@ def measure(
     metrics, predictions = {}, {}
     for split, table in tables.items():
         predictions[split] = predict(model, tokenizer, settings.prompt, table, settings.evaluation)
-        known = {name: runs.read_predictions(folder, split) for name, folder in references.items()}
+        # A table may hold some of the split's sentences only; its index says which.
+        known = {name: runs.read_predictions(folder, split).iloc[table.index] for name, folder in references.items()}
         metrics[split] = summarise(predictions[split], settings.prompt, (unacceptable, acceptable), known)
     return metrics, predictions
 
@@ -145,13 +169,29 @@ def evaluation_steps(steps: int, points: int) -> list[int]:
 
 
 class StageCallback(TrainerCallback):
-    """Measures the policy at given steps, stops on numbers that are not finite, and prints progress."""
+    """Measures the policy at given steps, writes a checkpoint there, prints progress, and stops what has gone wrong.
 
-    def __init__(self, at: list[int], measure_policy: Callable[[], dict[str, float]], check_reference: bool) -> None:
-        self.at, self.measure_policy, self.check_reference = at, measure_policy, check_reference
+    ``measure_policy`` returns the metrics of one point of the trajectory, ``check_start`` judges the first of them, and
+    ``reference_tolerance`` is how far the first step's KL to the reference may be from 0 (None: there is no reference).
+    """
+
+    def __init__(
+        self,
+        at: list[int],
+        measure_policy: Callable[[], dict[str, float]],
+        check_start: Callable[[dict[str, float]], None],
+        reference_tolerance: float | None,
+    ) -> None:
+        self.at, self.measure_policy, self.check_start = at, measure_policy, check_start
+        self.reference_tolerance = reference_tolerance
         self.rows: list[dict[str, float]] = []
         self.log: list[dict[str, float]] = []
-        self.started, self.measuring = time.perf_counter(), 0.0
+        self.silent = 0  # steps in a row without a group whose answers earn differently
+        self.started, self.earlier, self.measuring = time.perf_counter(), 0.0, 0.0
+
+    def seconds(self) -> float:
+        """Wall time of the stage, that of interrupted attempts up to their last checkpoint included."""
+        return self.earlier + time.perf_counter() - self.started
 
     def measure_if_due(self, step: int) -> None:
         if step in self.at:
@@ -159,49 +199,101 @@ class StageCallback(TrainerCallback):
             self.rows.append({"step": step, **self.measure_policy()})
             self.measuring += time.perf_counter() - start
 
+    def resume(self, checkpoint: Path) -> None:
+        """Take over what was measured up to ``checkpoint``."""
+        measured = runs.read_json(checkpoint / runs.MEASURED)
+        self.rows, self.log = measured["trajectory"], measured["log"]
+        self.earlier, self.measuring = measured["seconds"], measured["measuring"]
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
-        self.measure_if_due(0)
+        if state.global_step == 0:
+            self.measure_if_due(0)
+            self.check_start(self.rows[0])
 
     def on_step_end(self, args, state, control, **kwargs):
         self.measure_if_due(state.global_step)
+        control.should_save = state.global_step in self.at and state.global_step < state.max_steps
+
+    def on_save(self, args, state, control, **kwargs):
+        # Written last: a checkpoint with this file is whole.
+        measured = {"trajectory": self.rows, "log": self.log, "seconds": self.seconds(), "measuring": self.measuring}
+        runs.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / runs.MEASURED, measured)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
             return
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise FloatingPointError(
-                    f"{name} is {logs[name]} at step {state.global_step}: training diverged; lower the learning rate."
-                )
-        if self.check_reference and state.global_step == 1 and not abs(logs["kl"]) < 1e-5:
+        tolerance = self.reference_tolerance
+        if state.global_step == 1 and tolerance is not None and not abs(logs["kl"]) < tolerance:
             raise RuntimeError(f"KL to the reference is {logs['kl']:.2g} before the first update; it must be 0.")
+        self.silent = self.silent + 1 if logs.get("frac_reward_zero_std") == 1.0 else 0
+        if self.silent == SILENT_STEPS:
+            print(
+                f"step {state.global_step}: in the last {SILENT_STEPS} steps all answers to a question earned the "
+                f"same: there is no reward to learn from"
+            )
         self.log.append({"step": state.global_step, **{k: v for k, v in logs.items() if isinstance(v, int | float)}})
         if state.global_step % max(1, state.max_steps // 5) == 0:
-            elapsed = time.perf_counter() - self.started
-            left = elapsed / state.global_step * (state.max_steps - state.global_step)
+            left = self.seconds() / state.global_step * (state.max_steps - state.global_step)
             earned = f"  reward {logs['reward']:+.3f}" if "reward" in logs else ""
             print(f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}{earned}  {left:.0f} s left")
 
 
-def shared_arguments(steps: int, learning_rate: float, warmup_share: float, schedule: str, seed: int) -> dict[str, Any]:
+class FiniteSteps:
+    """What both trainers add to trl's: they stop at the first number that is not finite, and say in which batch."""
+
+    batch = ""  # the question that the current batch begins with
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if isinstance(inputs, list):  # GRPO's rows, before answers are sampled
+            self.batch = inputs[0]["prompt"][-1]["content"]
+        else:
+            self.batch = self.processing_class.decode(inputs["input_ids"][0][inputs["labels"][0] == -100])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise FloatingPointError(
+                    f"{name} is {logs[name]} at step {self.state.global_step}, in the batch that begins with "
+                    f"{self.batch!r}: training diverged; lower the learning rate. The last checkpoint is kept."
+                )
+        super().log(logs, *args, **kwargs)
+
+
+@contextmanager
+def memory_explained(*settings: str) -> Iterator[None]:
+    """Turn running out of GPU memory into one sentence with the peak and the settings to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        size = torch.cuda.get_device_properties(0).total_memory / 2**30
+        raise RuntimeError(
+            f"Out of GPU memory: {peak:.1f} of {size:.1f} GiB were in use at the peak; lower {' or '.join(settings)} "
+            f"(SET=...). Finished runs and the last checkpoint are kept."
+        ) from None
+
+
+def shared_arguments(stage: Stage, settings: Sft | Rl) -> dict[str, Any]:
     """Trainer arguments that both stages share; those that differ from the defaults say why."""
     return {
-        "output_dir": tempfile.gettempdir(),  # must exist; the trainer saves nothing
-        "save_strategy": "no",
+        "output_dir": str(runs.checkpoints_folder(stage.root, stage.run, stage.seed)),
+        "save_strategy": "no",  # StageCallback asks for checkpoints
+        "save_total_limit": 2,  # the older one serves where an interruption leaves the newer one incomplete
         "report_to": "none",
         "disable_tqdm": True,
         "logging_steps": 1,  # every step is checked for finite numbers
         "logging_nan_inf_filter": False,  # the default hides them
-        "max_steps": steps,
-        "learning_rate": learning_rate,
-        "warmup_steps": warmup_share,  # a float is a share of all steps
-        "lr_scheduler_type": schedule,
+        "max_steps": settings.steps,
+        "learning_rate": settings.learning_rate,
+        "warmup_steps": settings.warmup_share,  # a float is a share of all steps
+        "lr_scheduler_type": settings.schedule,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "bf16": False,  # trl's default is True, also on a CPU
         "gradient_checkpointing": False,  # trl's default is True; sequences here are short
-        "seed": seed,
+        "seed": stage_seed(stage),
         "use_cpu": not torch.cuda.is_available(),
     }
 
@@ -226,16 +318,18 @@ def train_sft(stage: Stage) -> Outcome:
         {"input_ids": question + answers[label], "labels": [-100] * len(question) + answers[label]}
         for question, label in zip(prompt_ids(tokenizer, prompt, table["sentence"]), table["label"], strict=True)
     ]
+    rows_per_pass = min(sft.rows_per_pass, sft.batch_size)
     config = SFTConfig(
-        **shared_arguments(sft.steps, sft.learning_rate, sft.warmup_share, sft.schedule, stage_seed(stage)),
-        per_device_train_batch_size=sft.batch_size,
+        **shared_arguments(stage, sft),
+        per_device_train_batch_size=rows_per_pass,
+        gradient_accumulation_steps=sft.batch_size // rows_per_pass,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
     set_seed(stage_seed(stage))
 
     def build(callback):
-        return SFTTrainer(
+        return DemonstrationTrainer(
             stage.policy,
             config,
             train_dataset=Dataset.from_list(rows),
@@ -243,19 +337,55 @@ def train_sft(stage: Stage) -> Outcome:
             callbacks=[callback],
         )
 
-    return run_trainer(stage, build, sft.steps, sft.steps * sft.batch_size, check_reference=False)
+    return run_trainer(stage, build, sft.steps, sft.steps * sft.batch_size)
 
 
-class DistinctGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer that runs the model once per distinct (prompt, answer): most answers of a group are equal."""
+class DemonstrationTrainer(FiniteSteps, SFTTrainer):
+    """SFTTrainer that stops on numbers that are not finite."""
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
+
+class DistinctGRPOTrainer(FiniteSteps, GRPOTrainer):
+    """GRPOTrainer that runs the model once per distinct (prompt, answer): most answers of a group are equal.
+
+    At most ``rows_per_pass`` of them are differentiated at a time, which bounds memory whatever is sampled.
+    """
+
+    def __init__(self, *args: Any, rows_per_pass: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows_per_pass = rows_per_pass
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+    ):
         both = torch.stack([input_ids, attention_mask], -1)
         distinct, origin = torch.unique(both, dim=0, return_inverse=True)
         logps, entropies, auxiliary = super()._get_per_token_logps_and_entropies(
-            model, distinct[..., 0], distinct[..., 1], *args, **kwargs
+            model, distinct[..., 0], distinct[..., 1], logits_to_keep, batch_size=self.rows_per_pass, **kwargs
         )
         return logps[origin], None if entropies is None else entropies[origin], auxiliary
+
+    def passes(self, inputs: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
+        """``inputs`` in parts of at most ``rows_per_pass`` distinct rows, each with its loss's weight in the whole."""
+        rows = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        _, origin = torch.unique(rows, dim=0, return_inverse=True)
+        if int(origin.max()) < self.rows_per_pass:
+            return [(inputs, 1.0)]
+        parts = []
+        for number in range(int(origin.max()) // self.rows_per_pass + 1):
+            chosen = origin // self.rows_per_pass == number
+            part = {k: v[chosen] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in inputs.items()}
+            # dr_grpo divides by the rows it is given, dapo by num_items_in_batch, which stays that of the whole
+            parts.append((part, float(chosen.float().mean()) if self.loss_type == "dr_grpo" else 1.0))
+        return parts
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        *before, last = self.passes(inputs)
+        done = 0.0
+        for part, weight in before:
+            loss = weight * super().compute_loss(model, part, *args, **kwargs)
+            self.accelerator.backward(loss)  # frees this pass's memory; the gradients add up
+            done = done + loss.detach()
+        return done + last[1] * super().compute_loss(model, last[0], *args, **kwargs)
 
 
 def train_rl(stage: Stage) -> Outcome:
@@ -277,7 +407,7 @@ def train_rl(stage: Stage) -> Outcome:
 
     exact = rl.normalisation == "none"
     config = GRPOConfig(
-        **shared_arguments(rl.steps, rl.learning_rate, rl.warmup_share, rl.schedule, stage_seed(stage)),
+        **shared_arguments(stage, rl),
         per_device_train_batch_size=rl.prompts_per_step * group,
         num_generations=group,
         steps_per_generation=1,
@@ -303,27 +433,56 @@ def train_rl(stage: Stage) -> Outcome:
             processing_class=tokenizer,
             callbacks=[callback],
             rollout_func=sample_groups,
+            rows_per_pass=rl.rows_per_pass,
         )
 
-    return run_trainer(stage, build, rl.steps, rl.steps * rl.prompts_per_step * group, check_reference=rl.beta > 0)
+    return run_trainer(stage, build, rl.steps, rl.steps * rl.prompts_per_step * group)
 
 
-def run_trainer(
-    stage: Stage, build: Callable[[TrainerCallback], Any], steps: int, samples: int, check_reference: bool
-) -> Outcome:
-    """Train with the trainer that ``build`` returns, measuring dev along the way."""
-    dev = evaluation_tables(stage.corpus, stage.settings.evaluation.train_size)["dev"]
+def check_rewarded(rl: Rl, start: dict[str, float]) -> None:
+    """Raise RuntimeError where the policy that RL starts from, with metrics ``start``, earns too rarely to learn."""
+    earned = start["reward_sampled_strict" if rl.reward == "strict" else "reward_sampled"]
+    share = (1 + earned) / 2
+    print(f"before the first step {share:.1%} of the sampled answers earn +1 (rl.reward={rl.reward})")
+    if share < rl.least_rewarded:
+        raise RuntimeError(
+            f"RL cannot start: {share:.1%} of the sampled answers earn +1 under rl.reward={rl.reward}, fewer than "
+            f"rl.least_rewarded={rl.least_rewarded:.1%}, so nearly all answers of a group earn -1 and nothing can be "
+            f"learnt; change prompt.template, set rl.reward=robust, or rl.least_rewarded=0 to run it all the same."
+        )
+
+
+def run_trainer(stage: Stage, build: Callable[[TrainerCallback], Any], steps: int, samples: int) -> Outcome:
+    """Train with the trainer that ``build`` returns, from the last checkpoint if there is one, and measure dev."""
+    settings, kind = stage.settings, stage.study.run(stage.run).stage
+    dev = corpora.fixed_subset(stage.corpus, "dev", settings.evaluation.along_size)
 
     def measure_policy() -> dict[str, float]:
-        metrics, _ = measure(stage.policy, stage.tokenizer, stage.settings, {"dev": dev}, stage.references)
+        metrics, _ = measure(stage.policy, stage.tokenizer, settings, {"dev": dev}, stage.references)
         return metrics["dev"]
 
-    callback = StageCallback(evaluation_steps(steps, stage.settings.evaluation.points), measure_policy, check_reference)
+    # Only where arithmetic is exact do two passes over the same rows agree to the last digits.
+    exact = settings.model.dtype == "float32" and settings.model.quantization == "none"
+    callback = StageCallback(
+        evaluation_steps(steps, settings.evaluation.points),
+        measure_policy,
+        check_start=(lambda start: check_rewarded(settings.rl, start)) if kind == "rl" else lambda start: None,
+        reference_tolerance=None if kind == "sft" or settings.rl.beta == 0 else 1e-5 if exact else 1e-2,
+    )
+    checkpoints = runs.checkpoints_folder(stage.root, stage.run, stage.seed)
+    checkpoint = runs.last_checkpoint(checkpoints, stage_identity(stage))
+    weights = {name: weight.data for name, weight in stage.policy.named_parameters() if weight.requires_grad}
     trainer = build(callback)
+    for name, weight in stage.policy.named_parameters():
+        if name in weights:
+            weight.data = weights[name]  # trl casts the adapter of an 8-bit model to bfloat16, which rounds it
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    seconds = time.perf_counter() - callback.started
-    trained, total = models.count_parameters(stage.policy)
+    if checkpoint:
+        callback.resume(checkpoint)
+        print(f"going on from {checkpoint.name.replace('-', ' ')} of {steps}")
+    with memory_explained(f"{kind}.rows_per_pass", "evaluation.batch_size"):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds, (trained, total) = callback.seconds(), models.count_parameters(stage.policy)
     training = {
         "steps": steps,
         "wall_seconds": round(seconds, 2),
@@ -333,7 +492,20 @@ def run_trainer(
         "trained_parameters": trained,
         "parameters": total,
     }
-    return Outcome(pd.DataFrame(callback.rows), pd.DataFrame(callback.log), training)
+    log = pd.DataFrame(callback.log)
+    if "frac_reward_zero_std" in log:
+        training["silent_group_share"] = round(float(log["frac_reward_zero_std"].mean()), 4)
+    return Outcome(pd.DataFrame(callback.rows), log, training)
+
+
+def stage_identity(stage: Stage) -> dict[str, Any]:
+    """What a checkpoint must have been written by to be continued: the same settings, parent and code."""
+    return {
+        "run": stage.run,
+        "settings": stage.settings.model_dump(),
+        "parents": {name: runs.file_hashes(folder, runs.METRICS) for name, folder in stage.references.items()},
+        "code": runs.file_hashes(Path(__file__).parent, "*.py"),
+    }
 
 
 def peak_memory() -> int:
@@ -347,7 +519,8 @@ def write_stage(stage: Stage, outcome: Outcome) -> Path:
     """Measure the trained policy on all splits and write every file of the run. Returns the partial folder."""
     partial = runs.open_run(stage.root, stage.run, stage.seed)
     tables = evaluation_tables(stage.corpus, stage.settings.evaluation.train_size)
-    metrics, predictions = measure(stage.policy, stage.tokenizer, stage.settings, tables, stage.references)
+    with memory_explained("evaluation.batch_size"):
+        metrics, predictions = measure(stage.policy, stage.tokenizer, stage.settings, tables, stage.references)
     for split, table in predictions.items():
         table.to_parquet(partial / runs.predictions_file(split))
     outcome.trajectory.to_csv(partial / runs.TRAJECTORY, index=False)
@@ -366,7 +539,7 @@ def write_stage(stage: Stage, outcome: Outcome) -> Path:
             stage.study,
             stage.started,
             data_sha256=runs.file_hashes(data_folder(stage.study, stage.root), "*.tsv"),
-            model=describe_model(stage.study, stage.base),
+            model=runs.read_json(stage.references["base"] / runs.METRICS)["provenance"]["model"],
             run_parameters=stage.settings.model_dump(),
         ),
     )

@@ -1,0 +1,33 @@
+"""What a reader must be told about a policy before believing its numbers."""
+
+import pandas as pd
+
+COLLAPSED_SHARE = 0.98
+COLLAPSED_MCC = 0.05
+LEAST_MASS = 0.9
+
+
+def is_collapsed(metrics: pd.DataFrame) -> pd.Series:
+    """For each row of metrics, whether the policy gives (nearly) one answer to everything.
+
+    That is: one answer to at least 98 % of the sentences, and a Matthews correlation below 0.05 in absolute value.
+    """
+    rate = metrics["predicted_acceptable_rate"]
+    return (rate.clip(lower=1 - rate) >= COLLAPSED_SHARE) & (metrics["mcc"].abs() < COLLAPSED_MCC)
+
+
+def flags_of(metrics: dict[str, float]) -> list[str]:
+    """Sentences about one policy's metrics on one set of sentences; empty if nothing is remarkable."""
+    flags = []
+    if is_collapsed(pd.DataFrame([metrics])).item():
+        answer = "acceptable" if metrics["predicted_acceptable_rate"] > 0.5 else "unacceptable"
+        flags.append(
+            f"COLLAPSED: it answers '{answer}' to (nearly) every sentence (MCC {metrics['mcc']:.3f}); its greedy "
+            f"reward {metrics['reward_greedy']:.3f} is that of a constant answer ({metrics['majority_reward']:.3f})."
+        )
+    if metrics["label_mass"] < LEAST_MASS:
+        flags.append(
+            f"FORMAT: only {metrics['label_mass']:.1%} of the probability is on the two answers; the rest earns -1 "
+            f"when it is read strictly."
+        )
+    return flags
