@@ -6,7 +6,7 @@ import hashlib
 import pandas as pd
 import pytest
 
-from nondecoupling import corpus
+from nondecoupling import corpus, hub
 from nondecoupling.profile import Data
 
 AWKWARD = [
@@ -199,3 +199,52 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     path.write_bytes(b"x\t1\t\tFa\xe7ade.\n")
     with pytest.raises(ValueError, match=r"in_domain_dev\.tsv is not UTF-8"):
         corpus.read_tsv(path)
+
+
+# CoLA, from its files and from GLUE
+
+
+def test_cola_itself_is_what_is_expected(cola, tmp_path):
+    data = Data(source="hub", folder=str(cola), expect="cola")
+    assert corpus.collect_corpus(data, tmp_path) == cola
+
+
+def test_a_changed_file_is_named_with_both_hashes(cola, tmp_path):
+    for name in corpus.COLA_SHA256:
+        (tmp_path / name).write_bytes((cola / name).read_bytes())
+    changed = tmp_path / "in_domain_dev.tsv"
+    changed.write_bytes(changed.read_bytes() + b"x\t1\t\tOne more.\n")
+    found = hashlib.sha256(changed.read_bytes()).hexdigest()
+    with pytest.raises(
+        ValueError, match=f"in_domain_dev.tsv has sha256 {found}, but CoLA 1.1's is 77176f6a.*expect=any"
+    ):
+        corpus.collect_corpus(Data(source="hub", folder=str(tmp_path), expect="cola"), tmp_path)
+    assert corpus.collect_corpus(Data(source="hub", folder=str(tmp_path), expect="any"), tmp_path) == tmp_path
+
+
+@pytest.fixture
+def glue(cola):
+    """GLUE's copy of CoLA as far as is known here: its columns and row counts, in-domain sentences first."""
+    table = corpus.load_corpus(cola)
+    dev = pd.concat([table[table["split"] == "dev"], table[table["split"] == "dev_out"]])
+    return {"train": table[table["split"] == "train"][["sentence", "label"]], "validation": dev[["sentence", "label"]]}
+
+
+def test_glue_becomes_the_same_corpus_with_the_two_dev_sets_apart(glue, cola, tmp_path, monkeypatch):
+    for split, table in glue.items():
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    monkeypatch.setattr(hub, "fetch_glue", lambda: {split: tmp_path / f"{split}.parquet" for split in glue})
+    folder = corpus.collect_corpus(Data(source="hub", folder=None, expect="cola"), tmp_path)
+    found, expected = corpus.load_corpus(folder), corpus.load_corpus(cola)
+    same = ["split", "sentence", "label"]
+    pd.testing.assert_frame_equal(found[same], expected[same])
+
+
+def test_glue_in_another_order_is_one_dev_set(glue, tmp_path):
+    corpus.write_glue(glue | {"validation": glue["validation"].iloc[::-1]}, tmp_path)
+    assert corpus.load_corpus(tmp_path)["split"].value_counts().to_dict() == {"train": 8551, "dev": 1043}
+
+
+def test_glue_of_another_length_is_refused(glue, tmp_path):
+    with pytest.raises(ValueError, match=r"cola/validation.*: 1042 rows, but CoLA's has 1043"):
+        corpus.write_glue(glue | {"validation": glue["validation"].iloc[:-1]}, tmp_path)

@@ -1,16 +1,19 @@
 """The two stages: what is taught, that the RL gradient is that of the theory's objective, and that runs repeat."""
 
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import trl
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from nondecoupling import prompts, runs, training
 from nondecoupling.evaluation import predict
+from nondecoupling.profile import load_study
 from nondecoupling.training import StageCallback
 
 
@@ -434,3 +437,191 @@ def test_another_run_in_the_plan_changes_no_seed(prepare):
     longer = profile.model_copy(update={"runs": [extra, *profile.runs]})
     more = stage._replace(study=stage.study.model_copy(update={"profile": longer}))
     assert training.stage_seed(more) == training.stage_seed(stage)
+
+
+# Passes: memory is bounded, the gradient is the same
+
+
+def weights_after(stage, train):
+    train(stage)
+    return torch.cat([weight.detach().flatten() for weight in stage.policy.parameters() if weight.requires_grad])
+
+
+@pytest.mark.parametrize("normalisation", ["none", "group"])
+def test_rl_in_several_passes_is_rl_in_one(prepare, normalisation):
+    """The same sums in another order: sampling reads the same weights, so one step must agree to rounding.
+
+    Adam divides a gradient by its size, so what is compared is the update of weights that received a real gradient.
+    """
+    found = []
+    for rows in (256, 3):
+        stage = prepare("rl", changes={"rl.rows_per_pass": rows, "rl.normalisation": normalisation, "rl.steps": 1})
+        recorder = Recorder(stage.policy)
+        with pytest.MonkeyPatch.context() as patch:
+            trainer = trainer_of(stage, patch, recorder)
+        trainer.train()
+        found.append(recorder.gradients[0])
+    assert found[0].norm() > 0
+    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+
+
+def test_sft_in_several_passes_is_sft_in_one(prepare):
+    found = []
+    for rows in (16, 4):
+        stage = prepare("sft", changes={"sft.rows_per_pass": rows, "sft.steps": 1})
+        recorder = Recorder(stage.policy)
+        with pytest.MonkeyPatch.context() as patch:
+            trainer = trainer_of(stage, patch, recorder)
+        trainer.train()
+        found.append(recorder.gradients[0])
+    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+
+
+def test_no_pass_holds_more_distinct_rows_than_allowed(prepare, monkeypatch):
+    stage = prepare("rl", changes={"rl.rows_per_pass": 3})
+    trainer = trainer_of(stage, monkeypatch)
+    prompts_, answers = torch.arange(8).repeat_interleave(2)[:, None], torch.arange(16)[:, None] % 4
+    inputs = {"prompt_ids": prompts_, "completion_ids": answers, "num_items_in_batch": torch.tensor(16)}
+    parts = trainer.passes(inputs)
+    assert [len(part["prompt_ids"].unique()) <= 3 for part, _ in parts] == [True] * len(parts)
+    assert sum(len(part["prompt_ids"]) for part, _ in parts) == 16
+    assert sum(weight for _, weight in parts) == pytest.approx(1)
+    assert all(part["num_items_in_batch"] == 16 for part, _ in parts)
+
+
+# Interruption
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C right after a step, as it reaches a stage in the middle of training."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("run", "train"), [("sft", training.train_sft), ("sft-rl", training.train_rl)])
+def test_an_interrupted_stage_ends_as_if_nothing_had_happened(tiny_sft, prepare, monkeypatch, capsys, run, train):
+    changes = {"sft.steps": 6, "rl.steps": 6, "evaluation.points": 4}  # measured and saved at steps 0, 2, 4 and 6
+    whole = prepare(run, changes=changes)
+    expected = train(whole)
+    folder = runs.checkpoints_folder(whole.root, whole.run, whole.seed)
+    shutil.rmtree(folder)
+
+    original = training.run_trainer
+    monkeypatch.setattr(
+        training,
+        "run_trainer",
+        lambda stage, build, *rest: original(stage, lambda c: with_callback(build(c), Interrupt(5)), *rest),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(prepare(run, changes=changes))
+    monkeypatch.undo()
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    (folder / "checkpoint-4" / runs.MEASURED).unlink()  # as if it had been interrupted while it was written
+
+    capsys.readouterr()
+    again = prepare(run, changes=changes)
+    found = train(again)
+    assert "going on from checkpoint 2 of 6" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(found.trajectory, expected.trajectory)
+    shown = ["step", "loss", "grad_norm"]
+    pd.testing.assert_frame_equal(found.log[shown], expected.log[shown])
+    for (name, weight), (_, other) in zip(
+        whole.policy.named_parameters(), again.policy.named_parameters(), strict=True
+    ):
+        assert torch.equal(weight, other), name
+    shutil.rmtree(folder)
+
+
+def with_callback(trainer, callback):
+    trainer.add_callback(callback)
+    return trainer
+
+
+def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path):
+    folder = tmp_path / "sft.checkpoints"
+    assert runs.last_checkpoint(folder, {"rank": 16}) is None
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / runs.MEASURED).write_text("{}")
+    (folder / "checkpoint-10").mkdir()
+    assert runs.last_checkpoint(folder, {"rank": 16}) == folder / "checkpoint-5"
+    assert not (folder / "checkpoint-10").exists()
+    assert runs.last_checkpoint(folder, {"rank": 8}) is None
+    assert not (folder / "checkpoint-5").exists()
+
+
+# RL that cannot learn
+
+
+def test_rl_refuses_to_start_where_almost_nothing_is_rewarded(prepare):
+    stage = prepare("rl", changes={"rl.least_rewarded": 0.99})
+    with pytest.raises(
+        RuntimeError, match=r"RL cannot start: .*rl.reward=strict.*prompt.template.*rl.least_rewarded=0"
+    ):
+        training.train_rl(stage)
+
+
+def test_the_share_of_rewarded_answers_is_read_as_training_reads_them(capsys):
+    rl = load_study("nano").profile.rl
+    start = {"reward_sampled_strict": -0.98, "reward_sampled": 0.0}
+    with pytest.raises(RuntimeError, match="1.0% of the sampled answers"):
+        training.check_rewarded(rl, start)
+    training.check_rewarded(rl.model_copy(update={"reward": "robust"}), start)
+    training.check_rewarded(rl.model_copy(update={"least_rewarded": 0.0}), start)
+    assert "50.0% of the sampled answers earn +1 (rl.reward=robust)" in capsys.readouterr().out
+
+
+def test_steps_without_any_reward_to_learn_from_are_reported_once(capsys):
+    log = callback_at(4, max_steps=1000)
+    for _ in range(training.SILENT_STEPS - 1):
+        log(loss=0.0, reward=-1.0, frac_reward_zero_std=1.0)
+    assert capsys.readouterr().out == ""
+    for _ in range(5):
+        log(loss=0.0, reward=-1.0, frac_reward_zero_std=1.0)
+    assert capsys.readouterr().out.count("no reward to learn from") == 1
+    log(loss=0.0, reward=0.0, frac_reward_zero_std=0.5)
+    for _ in range(training.SILENT_STEPS):
+        log(loss=0.0, reward=-1.0, frac_reward_zero_std=1.0)
+    assert capsys.readouterr().out.count("no reward to learn from") == 1
+
+
+def test_silent_groups_are_counted_in_the_runs_result(run_twice):
+    _, outcome, _, _, _ = run_twice("rl")
+    share = outcome.training["silent_group_share"]
+    assert share == pytest.approx(outcome.log["frac_reward_zero_std"].mean(), abs=1e-4)
+
+
+# Memory
+
+
+def test_running_out_of_gpu_memory_names_the_peak_and_the_setting(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7 * 2**30)
+    card = type("Card", (), {"total_memory": 8 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    with (
+        pytest.raises(RuntimeError, match=r"7.0 of 8.0 GiB.*lower rl.rows_per_pass or evaluation.batch_size") as caught,
+        training.memory_explained("rl.rows_per_pass", "evaluation.batch_size"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert "\n" not in str(caught.value)
+
+
+def test_only_answers_are_projected_onto_the_vocabulary(prepare, monkeypatch):
+    """trl would otherwise compute logits of every prompt token on a CPU, most of the work with a real vocabulary."""
+    stage, rows = prepare("sft", changes={"sft.steps": 1}), []
+    original = trl.trainer.utils._ChunkedLogProbFunction
+
+    class Spy:
+        @staticmethod
+        def apply(hidden, *rest):
+            rows.append(len(hidden))
+            return original.apply(hidden, *rest)
+
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Spy)
+    trainer_of(stage, monkeypatch).train()
+    answers = stage.settings.sft.batch_size * 2  # one token and its end of turn each
+    assert rows == [answers]
