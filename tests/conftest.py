@@ -121,7 +121,7 @@ def make_base(study: Study) -> Path:
     if not settings.model.folder:
         exclude = set(table["sentence"])
         pretrain.pretrain(settings.pretrain, settings.prompt, settings.evaluation, exclude=exclude, folder=base)
-    tables = training.evaluation_tables(table, settings.evaluation.train_size)
+    tables = training.evaluation_tables(table, settings.evaluation)
     metrics, predictions = training.measure(
         models.load_base(base, settings.model), models.load_tokenizer(base), settings, tables, references={}
     )

@@ -35,7 +35,7 @@ def run_twice(prepare, built_sft):
 
 
 def measure_dev(stage):
-    tables = training.evaluation_tables(stage.corpus, stage.settings.evaluation.train_size)
+    tables = training.evaluation_tables(stage.corpus, stage.settings.evaluation)
     metrics, predictions = training.measure(stage.policy, stage.tokenizer, stage.settings, tables, stage.references)
     return metrics["dev"], predictions["dev"]
 
@@ -425,7 +425,7 @@ def test_data_that_changed_since_the_data_run_are_refused(tiny_base, monkeypatch
 
 def test_policies_are_measured_on_dev_and_a_part_of_train(prepare):
     stage = prepare("sft")
-    tables = training.evaluation_tables(stage.corpus, 40)
+    tables = training.evaluation_tables(stage.corpus, stage.settings.evaluation)
     assert {split: len(table) for split, table in tables.items()} == {"dev": 60, "train": 40}
     assert set(tables["train"]["split"]) == {"train"}
 

@@ -132,6 +132,7 @@ def measure_ours(study: Study, base: Path, data: Path, steps: int) -> dict[str, 
 
 def measure_defaults(study: Study, base: Path, data: Path, steps: int) -> dict[str, Any]:
     """Cost of the same tasks in trl's default configuration: all weights trained, 8 rows a step, its own sampling."""
+    import torch
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -156,6 +157,7 @@ def measure_defaults(study: Study, base: Path, data: Path, steps: int) -> dict[s
 
     with tempfile.TemporaryDirectory() as folder:
         quiet: dict[str, Any] = {"output_dir": folder, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        quiet |= {"use_cpu": not torch.cuda.is_available()}  # else trl refuses a machine without a GPU
         options: dict[str, Any] = {"model_init_kwargs": {"dtype": study.profile.model.dtype}}
         columns = {"prompt": chats, "completion": answers, "chat_template_kwargs": [TEMPLATE_OPTIONS] * len(chats)}
         sft_rows = Dataset.from_dict(columns)

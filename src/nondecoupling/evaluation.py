@@ -22,15 +22,30 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -
     return ids, mask
 
 
+def common_start(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens with which all ``rows`` begin, at least one of each row left out."""
+    shortest = min(map(len, rows)) - 1
+    differs = (place for place in range(shortest) if any(row[place] != rows[0][place] for row in rows))
+    return list(rows[0][: next(differs, shortest)])
+
+
 class Prefix:
-    """Prompts that a model has read once; every answer to them is then scored or sampled from the cached state."""
+    """Prompts that a model has read once; every answer to them is then scored or sampled from the cached state.
+
+    What all prompts begin with is read once for all of them.
+    """
 
     def __init__(self, model: torch.nn.Module, rows: Sequence[Sequence[int]], pad: int, copies: int = 1) -> None:
         device = next(model.parameters()).device
-        ids, self.mask = left_padded(rows, pad, device)
-        self.model, self.pad, self.length = model, pad, ids.shape[1]
+        start = common_start(rows)
+        ids, mask = left_padded([row[len(start) :] for row in rows], pad, device)
+        self.mask = torch.cat([mask.new_ones(len(rows), len(start)), mask], 1)
+        self.model, self.pad, self.length = model, pad, self.mask.shape[1]
         self.cache = DynamicCache()
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        if start:
+            model(torch.tensor([start], device=device), past_key_values=self.cache, logits_to_keep=1)
+            self.cache.batch_repeat_interleave(len(rows))
+        positions = (self.mask.cumsum(1) - 1)[:, len(start) :]
         output = model(
             ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, logits_to_keep=1
         )

@@ -153,13 +153,20 @@ class Rl(Section):
 
 
 class Evaluation(Section):
-    """How policies are measured."""
+    """How policies are measured: finished ones on ``splits``, those in training on ``along_size`` sentences of dev."""
 
     points: Annotated[int, Field(ge=2)]
     along_size: Count | None
+    splits: list[Literal["dev", "dev_out", "train"]]
     train_size: Count
     batch_size: Count
     seed: int
+
+    @model_validator(mode="after")
+    def dev_is_measured(self) -> "Evaluation":
+        if "dev" not in self.splits:
+            raise ValueError("splits must include 'dev', on which claims are judged")
+        return self
 
 
 class Run(Section):
@@ -285,6 +292,8 @@ def load_study(
     patterns = {"data.folder": "*.tsv", "model.folder": "*"}
     contents = {key: folder_digest(Path(folder), patterns[key]) for key, folder in folders.items()}
     digest = hashlib.sha256(json.dumps(changes | contents, sort_keys=True).encode()).hexdigest()[:6]
+    if len(named) > 3:  # the digest tells studies apart; the name is for reading
+        named = [f"{len(named)}_settings"]
     names = [loaded.name, *(slug(Path(folder).resolve().name) for folder in folders.values()), *named]
     return Study(name=f"{'-'.join(names)[:120]}-{digest}", profile=with_overrides(loaded, changes))
 

@@ -35,7 +35,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from nondecoupling import corpus as corpora
 from nondecoupling import hub, models, runs
 from nondecoupling.evaluation import Prefix, predict, summarise
-from nondecoupling.profile import Profile, Rl, Sft, Study
+from nondecoupling.profile import Evaluation, Profile, Rl, Sft, Study
 from nondecoupling.prompts import (
     TEMPLATE_OPTIONS,
     answer_texts,
@@ -143,10 +143,14 @@ def prepare_stage(study: Study, run: str, seed: int, expected: str) -> Stage:
     return Stage(study, run, plan.parent, seed, settings, root, base, corpus, tokenizer, policy, folders, started)
 
 
-def evaluation_tables(corpus: pd.DataFrame, train_size: int) -> dict[str, pd.DataFrame]:
-    """The sentences on which policies are measured: each dev split whole, and a fixed part of train."""
-    tables = {split: table.reset_index(drop=True) for split, table in corpus.groupby("split") if split != "train"}
-    return {**tables, "train": corpora.fixed_subset(corpus, "train", train_size).reset_index(drop=True)}
+def evaluation_tables(corpus: pd.DataFrame, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
+    """The sentences on which finished policies are measured: dev splits whole, and a fixed part of train."""
+    sizes = {"dev": None, "dev_out": None, "train": evaluation.train_size}
+    return {
+        split: corpora.fixed_subset(corpus, split, sizes[split]).reset_index(drop=True)
+        for split in evaluation.splits
+        if (corpus["split"] == split).any()
+    }
 
 
 def measure(
@@ -522,7 +526,7 @@ def peak_memory() -> int:
 def write_stage(stage: Stage, outcome: Outcome) -> Path:
     """Measure the trained policy on all splits and write every file of the run. Returns the partial folder."""
     partial = runs.open_run(stage.root, stage.run, stage.seed)
-    tables = evaluation_tables(stage.corpus, stage.settings.evaluation.train_size)
+    tables = evaluation_tables(stage.corpus, stage.settings.evaluation)
     with memory_explained("evaluation.batch_size"):
         metrics, predictions = measure(stage.policy, stage.tokenizer, stage.settings, tables, stage.references)
     for split, table in predictions.items():
