@@ -162,22 +162,19 @@ def measure_defaults(study: Study, base: Path, data: Path, steps: int) -> dict[s
         columns = {"prompt": chats, "completion": answers, "chat_template_kwargs": [TEMPLATE_OPTIONS] * len(chats)}
         sft_rows = Dataset.from_dict(columns)
         rl_rows = Dataset.from_dict({"prompt": chats, "label": train["label"].tolist()})
-        sft, rl = [], []
-        for count in (1, 1 + steps):
+        for count in (1, steps):  # the first warms up
             plain = SFTConfig(**quiet, **options, max_steps=count)
-            sft.append(seconds(SFTTrainer(str(base), plain, train_dataset=sft_rows, processing_class=tokenizer)))
+            sft = seconds(SFTTrainer(str(base), plain, train_dataset=sft_rows, processing_class=tokenizer)) / count
             config = GRPOConfig(**quiet, **options, max_steps=count, chat_template_kwargs=TEMPLATE_OPTIONS)
-            rl.append(
-                seconds(GRPOTrainer(str(base), label_reward, config, train_dataset=rl_rows, processing_class=tokenizer))
-            )
-    sft_step, rl_step = ((long - short) / steps for short, long in (sft, rl))
+            trainer = GRPOTrainer(str(base), label_reward, config, train_dataset=rl_rows, processing_class=tokenizer)
+            rl = seconds(trainer) / count
     rows = config.per_device_train_batch_size
     return {
-        "sft_seconds_per_step": round(sft_step, 4),
+        "sft_seconds_per_step": round(sft, 4),
         "sft_sentences_per_step": rows,
-        "rl_seconds_per_step": round(rl_step, 4),
+        "rl_seconds_per_step": round(rl, 4),
         "rl_answers_per_step": rows,
-        "answers_per_second": round(rows / rl_step, 2),
+        "answers_per_second": round(rows / rl, 2),
         "peak_memory_bytes": training.peak_memory(),
     }
 
