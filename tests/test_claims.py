@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from nondecoupling import claims, corpus, flags, runs
+from nondecoupling import claims, corpus, runs
 from nondecoupling.profile import load_study
 
 NAN = math.nan
@@ -90,25 +90,6 @@ def judge(metrics, predicted=None):
 )
 def test_the_verdict_follows_from_the_interval_and_the_claimed_side(low, high, sign, verdict):
     assert claims.verdict_of(low, high, sign) == verdict
-
-
-@pytest.mark.parametrize(
-    ("rate", "mcc", "collapsed"),
-    [
-        (1.0, 0.0, True),
-        (0.0, 0.0, True),
-        (0.98, 0.049, True),
-        (0.02, -0.049, True),
-        (0.979, 0.0, False),
-        (0.021, 0.0, False),
-        (0.99, 0.05, False),
-        (0.99, -0.05, False),
-        (0.5, 0.0, False),
-    ],
-)
-def test_collapse_is_one_answer_without_correlation(rate, mcc, collapsed):
-    table = pd.DataFrame({"predicted_acceptable_rate": [rate], "mcc": [mcc]})
-    assert flags.is_collapsed(table).tolist() == [collapsed]
 
 
 def test_claims_are_named_once_and_speak_of_planned_runs(metrics):
@@ -310,3 +291,96 @@ def test_a_claim_passes_if_verdicts_agree_and_intervals_overlap(fresh, reference
 def test_different_claims_cannot_be_compared(reference):
     with pytest.raises(ValueError, match="same version"):
         claims.compare_claims([row()], reference)
+
+
+# The theory's own statements
+
+
+@pytest.mark.parametrize(
+    ("gap", "predicted", "verdict"),
+    [
+        ((-0.01, 0.01), 0.2, "reproduced"),
+        ((-0.05, 0.05), 0.2, "reproduced"),  # exactly a quarter
+        ((-0.06, 0.05), 0.2, "inconclusive"),
+        ((-0.2, -0.06), 0.2, "not reproduced"),
+        ((0.06, 0.2), 0.2, "not reproduced"),
+        ((0.04, 0.2), 0.2, "inconclusive"),
+        ((-0.01, 0.01), 0.0, "reproduced"),  # at least 0.01
+        ((-0.02, 0.01), 0.0, "inconclusive"),
+        ((math.nan, math.nan), 0.2, "inconclusive"),
+    ],
+)
+def test_an_amount_is_judged_by_the_interval_of_its_gap(gap, predicted, verdict):
+    assert claims.verdict_of_amount(gap, predicted) == verdict
+
+
+def theory_content(rise=0.2, seeds=3, **changes):
+    """A theory.json in which RL does what is predicted, but for small differences between seeds."""
+    noise = [0.001 * (seed - 1) for seed in range(seeds)]
+    records = [
+        {
+            "run": "sft-rl",
+            "seed": seed,
+            "start": {"loss": 0.4, "reward": 0.5},
+            "self_tilted": {"loss": 0.6, "reward": 0.6},
+            "measured": {"loss": 0.4 + rise + noise[seed], "reward": 0.6 + noise[seed]},
+        }
+        for seed in range(seeds)
+    ]
+    interval = {"mean": 1.1, "ci95": [1.05, 1.15]}
+    content = {
+        "identity_gaps": {"theorem": 1e-15},
+        "runs": records,
+        "sweep": None,
+        "test_time": {"shares": {"greedy": interval}, "gain_of_greedy_reward": {"mean": 0.0, "ci95": [-0.001, 0.001]}},
+    }
+    return content | changes
+
+
+def two_policies(kl=0.5, fall=0.1, seeds=3):
+    rows = []
+    for seed in range(seeds):
+        rows.append({"run": "rl", "seed": seed, "reward_exact": 0.6, "kl_to_parent": 0.3})
+        rows.append({"run": "rl-sft", "seed": seed, "reward_exact": 0.6 - fall, "kl_to_parent": kl})
+    return pd.DataFrame(rows)
+
+
+def theory_verdicts(content, metrics):
+    return {row["id"]: row["verdict"] for row in claims.judge_theory(content, metrics)}
+
+
+def test_theory_that_holds_is_reproduced():
+    assert set(theory_verdicts(theory_content(), two_policies()).values()) == {"reproduced"}
+
+
+def test_each_statement_can_fail():
+    assert theory_verdicts(theory_content(identity_gaps={"theorem": 1e-3}), two_policies())["T1"] == "not reproduced"
+    assert theory_verdicts(theory_content(rise=0.3), two_policies())["T2"] == "not reproduced"
+    # KL = 0.005 allows a change of 2 sqrt(0.0025) = 0.1
+    assert theory_verdicts(theory_content(), two_policies(kl=0.005, fall=0.099))["T5"] == "reproduced"
+    assert theory_verdicts(theory_content(), two_policies(kl=0.005, fall=0.101))["T5"] == "not reproduced"
+    low = {"mean": 0.8, "ci95": [0.7, 0.9]}
+    worse = theory_content()["test_time"] | {"shares": {"greedy": low}}
+    assert theory_verdicts(theory_content(test_time=worse), two_policies())["T6"] == "not reproduced"
+
+
+def test_the_sweep_is_judged_beta_by_beta_and_says_what_had_not_settled():
+    change = {
+        "measured": {"mean": 0.1, "ci95": [0.09, 0.11]},
+        "own_belief": 0.5,
+        "gap_to_own_belief": {"mean": -0.4, "ci95": [-0.41, -0.39]},
+    }
+    entry = {"run": "x", "beta": 0.1, "normalisation": "none", "settled": False, "change_of_loss": change}
+    rows = claims.judge_theory(theory_content(sweep=[entry, entry | {"normalisation": "group"}]), two_policies())
+    (row,) = [row for row in rows if row["id"].startswith("T4")]
+    assert (row["id"], row["verdict"], row["note"]) == ("T4-b0.1", "not reproduced", "training had not settled")
+
+
+def test_one_seed_settles_no_amount():
+    content = theory_content(seeds=1)
+    content["test_time"] = {
+        "shares": {"greedy": {"mean": 1.1, "ci95": None}},
+        "gain_of_greedy_reward": {"mean": 0.0, "ci95": None},
+    }
+    verdicts = theory_verdicts(content, two_policies(seeds=1))
+    assert [verdicts[name] for name in ("T2", "T3", "T6", "T7")] == ["inconclusive"] * 4

@@ -13,7 +13,16 @@ from sklearn import metrics as sklearn_metrics
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from nondecoupling import models, pretrain, prompts
-from nondecoupling.evaluation import Prefix, batches, left_padded, mean_outcome_kl, predict, summarise, three_outcomes
+from nondecoupling.evaluation import (
+    Prefix,
+    batches,
+    common_start,
+    left_padded,
+    mean_outcome_kl,
+    predict,
+    summarise,
+    three_outcomes,
+)
 from nondecoupling.profile import Model, Prompt, load_study
 
 PLAIN = Model(folder=None, quantization="none", dtype="float32")
@@ -341,3 +350,17 @@ def test_divergence_is_directed():
     one, other = predictions([0.5], [0.5], labels=[1]), predictions([0.25], [0.75], labels=[1])
     assert mean_outcome_kl(one, other) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     assert mean_outcome_kl(other, one) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+
+
+@pytest.mark.parametrize(
+    ("rows", "start"),
+    [
+        ([[1, 2, 3], [1, 2, 4]], [1, 2]),
+        ([[1, 2, 3], [1, 2, 3]], [1, 2]),  # the last token of each row is read with the row
+        ([[1, 2], [1, 2, 3]], [1]),
+        ([[1, 2], [3, 2]], []),
+        ([[7]], []),
+    ],
+)
+def test_what_all_prompts_begin_with(rows, start):
+    assert common_start(rows) == start

@@ -26,6 +26,7 @@ from nondecoupling.statistics import mean_interval, paired_test
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 
+LEAST_TOLERANCE = 0.01  # nats of loss, or reward
 STATES = ["base", "sft", "sft-rl", "rl", "rl-sft"]
 
 
@@ -161,6 +162,94 @@ def judge_claims(
     return rows
 
 
+def verdict_of_amount(gap: tuple[float, float], predicted: float) -> Verdict:
+    """The verdict for "it is the predicted amount" from the 95 % interval of measured minus predicted."""
+    (low, high), tolerance = gap, max(LEAST_TOLERANCE, abs(predicted) / 4)
+    if math.isnan(low):
+        return "inconclusive"
+    if -tolerance <= low and high <= tolerance:
+        return "reproduced"
+    return "not reproduced" if low > tolerance or high < -tolerance else "inconclusive"
+
+
+def bounds(entry: dict[str, Any]) -> tuple[float, float, float]:
+    """Mean and 95 % interval of an entry of theory.json; nan bounds where one seed allows none."""
+    low, high = entry["ci95"] or (math.nan, math.nan)
+    return entry["mean"], low, high
+
+
+def judge_theory(content: dict[str, Any], metrics: pd.DataFrame) -> list[dict[str, Any]]:
+    """Verdicts for the theory's own statements, from theory.json and the final metrics; rows as of `judge_claims`.
+
+    Amounts (T2 to T4, T7) are judged by the 95 % interval of measured minus predicted: *reproduced* if all of it is
+    within a quarter of the prediction (at least 0.01 nats, or 0.01 of reward), *not reproduced* if all of it is beyond,
+    else *inconclusive*. Unlike the claims' rules, these were written when first results were known.
+    """
+    seeds = metrics["seed"].nunique()
+
+    def row(name: str, statement: str, quantity: str, interval: tuple[float, float, float], verdict: Verdict, **more):
+        mean, low, high = interval
+        ci95 = None if math.isnan(low) else [low, high]
+        known = {"id": name, "statement": statement, "quantity": quantity, "paper": "-", "predicted": None}
+        found = {"predicted_from_policies": None, "estimate": mean, "ci95": ci95, "seeds": seeds}
+        return known | found | {"test": "interval", "p_value": None, "verdict": verdict, "note": ""} | more
+
+    def amount(name: str, statement: str, gaps: Iterable[float], predicted: float, measured: Iterable[float]):
+        gap, change = mean_interval(list(gaps)), mean_interval(list(measured))
+        verdict = verdict_of_amount((gap.low, gap.high), predicted)
+        return row(name, statement, "change", change[:3], verdict, predicted_from_policies=predicted)
+
+    worst = max(content["identity_gaps"].values())
+    exact: Verdict = "reproduced" if worst < 1e-9 else "not reproduced"
+    statement = "Theorem 3.1, the sign rule and the identities, on random finite policies"
+    rows = [row("T1", statement, "largest violation", (worst, 0.0, worst), exact, test="exact")]
+    after = [record for record in content["runs"] if record["run"] == "sft-rl"]
+    for name, measure, words in (("T2", "loss", "SFT loss"), ("T3", "reward", "sampled reward")):
+        start, ideal, end = (
+            [record[part][measure] for record in after] for part in ("start", "self_tilted", "measured")
+        )
+        gaps, changes = np.subtract(end, ideal), np.subtract(end, start)
+        predicted = float(np.mean(np.subtract(ideal, start)))
+        rows.append(
+            amount(name, f"RL after SFT changes the {words} by the closed form's amount", gaps, predicted, changes)
+        )
+    for entry in content["sweep"] or []:
+        if entry["normalisation"] == "none":
+            change = entry["change_of_loss"]
+            interval, predicted = bounds(change["measured"]), change["own_belief"]
+            note = "" if entry["settled"] else "training had not settled"
+            verdict = verdict_of_amount(bounds(change["gap_to_own_belief"])[1:], predicted)
+            statement = f"T2 at beta = {entry['beta']:g}, in the longer runs of the sweep"
+            rows.append(
+                row(
+                    f"T4-b{entry['beta']:g}",
+                    statement,
+                    "change",
+                    interval,
+                    verdict,
+                    predicted_from_policies=predicted,
+                    note=note,
+                )
+            )
+    before, last = (metrics[metrics["run"] == run].set_index("seed") for run in ("rl", "rl-sft"))
+    bound = 2 * np.sqrt(last["kl_to_parent"] / 2)  # rewards lie between -1 and 1
+    used = mean_interval((last["reward_exact"] - before["reward_exact"]).abs() / bound)
+    statement = "SFT after RL changes the reward by at most 2 sqrt(KL/2): share of that bound"
+    holds: Verdict = "reproduced" if (used.high if used.n > 1 else used.mean) <= 1 else "not reproduced"
+    rows.append(row("T5", statement, "|change| / bound", used[:3], holds))
+    share = bounds(content["test_time"]["shares"]["greedy"])
+    whole: Verdict = "reproduced" if share[1] >= 1 else "not reproduced" if share[2] < 1 else "inconclusive"
+    statement = "(ours) Greedy decoding of the SFT policy has RL's whole gain of reward: share of it"
+    rows.append(row("T6", statement, "share", share, whole))
+    taught = bounds(content["test_time"]["gain_of_greedy_reward"])
+    statement, verdict = (
+        "(ours) RL after SFT teaches nothing that greedy decoding shows",
+        verdict_of_amount(taught[1:], 0.0),
+    )
+    rows.append(row("T7", statement, "reward_greedy: sft-rl - sft", taught, verdict, predicted=0.0))
+    return rows
+
+
 def claims_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The claims for reading: numbers as signed text with their interval."""
 
@@ -235,7 +324,8 @@ def readme_tables(rows: list[dict[str, Any]], metrics: pd.DataFrame, sweep: list
     states = states_table(metrics)[shown].map(lambda value: value if isinstance(value, str) else f"{value:.3f}")
     names = {"sft_loss": "SFT loss", "reward_exact": "reward, sampled", "reward_greedy": "reward, greedy"}
     states = states.rename(columns=names | {"majority_reward": "majority answer", "mcc": "MCC"}).reset_index()
-    tables = [claims_table(rows), states.rename(columns={"run": "policy"}), *([sweep_table(sweep)] if sweep else [])]
+    judged = claims_table([row for row in rows if not row["id"].startswith("T")])  # T: the sweep's table shows the same
+    tables = [judged, states.rename(columns={"run": "policy"}), *([sweep_table(sweep)] if sweep else [])]
     return "\n\n".join(markdown_table(table) for table in tables)
 
 

@@ -305,7 +305,7 @@ def print_claims(root: Path) -> None:
     """Print the claims table and where everything is."""
     from nondecoupling.claims import claims_table
 
-    rows = runs.read_json(root / "claims.json")
+    rows = [row for row in runs.read_json(root / "claims.json") if not row["id"].startswith("T")]
     print(claims_table(rows).drop(columns=["p"]).to_string(index=False))
     print(f"\nreport:  {root / 'report.html'}\nfigures: {root / 'figures'}\nclaims:  {root / 'claims.json'}")
 

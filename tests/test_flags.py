@@ -1,0 +1,50 @@
+"""What a reader must be told about a policy."""
+
+import pandas as pd
+import pytest
+
+from nondecoupling import flags
+
+SOUND = {
+    "predicted_acceptable_rate": 0.7,
+    "mcc": 0.4,
+    "reward_greedy": 0.5,
+    "majority_reward": 0.385,
+    "label_mass": 0.99,
+}
+
+
+def test_a_sound_policy_has_no_flag():
+    assert flags.flags_of(SOUND) == []
+
+
+@pytest.mark.parametrize(("rate", "answer"), [(1.0, "'acceptable'"), (0.0, "'unacceptable'")])
+def test_collapse_is_flagged_with_the_answer_and_the_majority_line(rate, answer):
+    (flag,) = flags.flags_of(SOUND | {"predicted_acceptable_rate": rate, "mcc": 0.0, "reward_greedy": 0.385})
+    assert flag.startswith("COLLAPSED")
+    for word in (answer, "MCC 0.000", "0.385"):
+        assert word in flag
+
+
+def test_a_policy_that_leaves_the_format_is_flagged():
+    (flag,) = flags.flags_of(SOUND | {"label_mass": 0.31})
+    assert flag.startswith("FORMAT: only 31.0%")
+
+
+@pytest.mark.parametrize(
+    ("rate", "mcc", "collapsed"),
+    [
+        (1.0, 0.0, True),
+        (0.0, 0.0, True),
+        (0.98, 0.049, True),
+        (0.02, -0.049, True),
+        (0.979, 0.0, False),
+        (0.021, 0.0, False),
+        (0.99, 0.05, False),
+        (0.99, -0.05, False),
+        (0.5, 0.0, False),
+    ],
+)
+def test_collapse_is_one_answer_without_correlation(rate, mcc, collapsed):
+    table = pd.DataFrame({"predicted_acceptable_rate": [rate], "mcc": [mcc]})
+    assert flags.is_collapsed(table).tolist() == [collapsed]
