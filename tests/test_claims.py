@@ -49,6 +49,7 @@ def metrics():
             "reward_sampled": REWARD[run][place] + 0.01,
             "reward_sampled_strict": REWARD[run][place],
             "reward_greedy": GREEDY[run][place],
+            "n": 1000,
             "label_mass": 1.0,
             "majority_reward": 0.4,
             "accuracy": 0.85,

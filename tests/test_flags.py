@@ -6,6 +6,7 @@ import pytest
 from nondecoupling import flags
 
 SOUND = {
+    "n": 1000,
     "predicted_acceptable_rate": 0.7,
     "mcc": 0.4,
     "reward_greedy": 0.5,
@@ -36,15 +37,15 @@ def test_a_policy_that_leaves_the_format_is_flagged():
     [
         (1.0, 0.0, True),
         (0.0, 0.0, True),
-        (0.98, 0.049, True),
-        (0.02, -0.049, True),
+        (0.98, 0.063, True),  # two standard errors of 1,000 sentences are 0.0632
+        (0.02, -0.063, True),
         (0.979, 0.0, False),
         (0.021, 0.0, False),
-        (0.99, 0.05, False),
-        (0.99, -0.05, False),
+        (0.99, 0.064, False),
+        (0.99, -0.064, False),
         (0.5, 0.0, False),
     ],
 )
 def test_collapse_is_one_answer_without_correlation(rate, mcc, collapsed):
-    table = pd.DataFrame({"predicted_acceptable_rate": [rate], "mcc": [mcc]})
+    table = pd.DataFrame({"n": [1000], "predicted_acceptable_rate": [rate], "mcc": [mcc]})
     assert flags.is_collapsed(table).tolist() == [collapsed]

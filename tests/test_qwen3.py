@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
 
 from conftest import SHARED, make_base, make_data, results_in
 from nondecoupling import corpus, models, prompts, runs, training
@@ -145,6 +145,18 @@ def test_evaluation_does_not_depend_on_the_batch_size(small_qwen, small_cola):
 
 
 # Stages
+
+
+def test_loss_is_on_the_answer_and_its_end_token_only(stages, monkeypatch):
+    stage = stages["sft"][0]
+    monkeypatch.setattr(training, "run_trainer", lambda stage, build, *_: build(TrainerCallback()))
+    batch = next(iter(training.train_sft(stage).get_train_dataloader()))
+    question = prompts.chat_ids(stage.tokenizer, [prompts.prompt_messages(stage.settings.prompt, "X")])[0][-9:]
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        taught = labels != -100
+        first = int(taught.nonzero()[0])
+        assert stage.tokenizer.decode(labels[taught]) in ("acceptable<|im_end|>", "unacceptable<|im_end|>")
+        assert ids[first - 9 : first].tolist() == question  # end of turn, assistant, no thinking
 
 
 def test_sft_teaches_the_format(stages):

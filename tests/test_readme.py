@@ -1,5 +1,6 @@
 """The README's commands exist and its tables are those of the committed reference."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -36,6 +37,24 @@ def test_command_is_understood(command):
     assert set(options) <= OPTIONS
     parse_seeds(options.get("SEEDS", "0"))
     load_study(options.get("PROFILE", "nano"), overrides=parse_overrides(options.get("SET", "")))
+
+
+@pytest.mark.parametrize(("gpu", "profile", "jobs"), [(True, "paper", "1"), (False, "nano", "[0-9]+")])
+def test_a_gpu_selects_the_papers_setting(tmp_path, gpu, profile, jobs):
+    """Without PROFILE; the driver's own tool says whether there is a GPU."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nexit {0 if gpu else 1}\n")
+    tool.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PROFILE", "JOBS", "MAKEFLAGS")}
+    done = subprocess.run(
+        ["make", "reproduce", "--dry-run"],
+        cwd=REPOSITORY,
+        env=environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert re.search(rf'--profile "{profile}" .* --jobs {jobs}$', done.stdout, flags=re.MULTILINE)
 
 
 def test_linked_files_exist():

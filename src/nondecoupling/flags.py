@@ -1,19 +1,21 @@
 """What a reader must be told about a policy before believing its numbers."""
 
+import numpy as np
 import pandas as pd
 
 COLLAPSED_SHARE = 0.98
-COLLAPSED_MCC = 0.05
 LEAST_MASS = 0.9
 
 
 def is_collapsed(metrics: pd.DataFrame) -> pd.Series:
     """For each row of metrics, whether the policy gives (nearly) one answer to everything.
 
-    That is: one answer to at least 98 % of the sentences, and a Matthews correlation below 0.05 in absolute value.
+    That is: one answer to at least 98 % of the sentences, and a Matthews correlation within two standard errors of 0,
+    2 / sqrt(n) for n sentences. (A fixed bound of 0.05 missed a real model that said "No." to 4 of 527 sentences, all
+    of them acceptable.)
     """
     rate = metrics["predicted_acceptable_rate"]
-    return (rate.clip(lower=1 - rate) >= COLLAPSED_SHARE) & (metrics["mcc"].abs() < COLLAPSED_MCC)
+    return (rate.clip(lower=1 - rate) >= COLLAPSED_SHARE) & (metrics["mcc"].abs() < 2 / np.sqrt(metrics["n"]))
 
 
 def flags_of(metrics: dict[str, float]) -> list[str]:
