@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -34,10 +35,15 @@ def results(tmp_path_factory):
     return tmp_path_factory.mktemp("results")
 
 
-def make(results: Path, *arguments: str) -> subprocess.CompletedProcess:
+def toy_command(results: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """Words and environment of a make command on the toy study."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     environment = inherited | {"NONDECOUPLING_RESULTS": str(results), "PYTHONWARNINGS": "ignore"}
-    command = ["make", *arguments, "SEEDS=0-1", "JOBS=2", f"SET={TOY}"]
+    return ["make", *arguments, "SEEDS=0-1", "JOBS=2", f"SET={TOY}"], environment
+
+
+def make(results: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command, environment = toy_command(results, *arguments)
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -65,7 +71,11 @@ def test_reproduce_leaves_every_result(study):
     claims = json.loads((folder / "claims.json").read_text())
     assert {row["seeds"] for row in claims} == {2}
     for row in claims:
-        assert f"{row['estimate']:+.3f}" in printed
+        assert f"{row['estimate']:+.3f}" in printed or row["id"].startswith("T")
+    lines = re.findall(r"^\[(\d+)/12\] (.+) · (\d+):\d\d · (\d+) % done$", printed, flags=re.MULTILINE)
+    assert len(lines) == 12  # data, base, four runs of two seeds, theory, claims
+    assert lines[0][:2] == ("1", "data")
+    assert (lines[-1][0], lines[-1][1], lines[-1][3]) == ("12", "claims", "100")
     assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".svg"}
     assert not [path for path in folder.rglob("*") if "partial" in path.name or "failed" in path.name]
 
@@ -122,3 +132,27 @@ def test_help_is_the_default_and_names_every_target():
 def test_clean_removes_the_study(results, study):
     assert make(results, "clean").returncode == 0
     assert not study[0].exists()
+
+
+def test_ctrl_c_says_how_to_go_on_and_leaves_no_half_result(tmp_path):
+    command, environment = toy_command(tmp_path, "reproduce")
+    making = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while "data" not in making.stdout.readline():
+        assert making.poll() is None
+    time.sleep(2)  # into the next notebook
+    os.killpg(making.pid, signal.SIGINT)  # what a terminal does
+    _, complaints = making.communicate(timeout=60)
+    assert making.returncode != 0
+    assert "finished runs and checkpoints are kept, the same command goes on from there" in complaints
+    assert "Traceback" not in complaints
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "data" / "metrics.json").exists()
+    assert not (folder / "base").exists()

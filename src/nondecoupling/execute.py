@@ -34,6 +34,8 @@ NOTEBOOK_OF = {
     "claims": "07_claims",
 }
 MEMORY_ADVICE = "use JOBS=1, or lower sft.rows_per_pass, rl.rows_per_pass or evaluation.batch_size (SET=...)"
+RULES = "plan.mk"
+TO_EXECUTE = "NONDECOUPLING_TO_EXECUTE"  # environment variable by which a study tells its runs how many they are
 QUIET_KERNEL = ["--log-level=CRITICAL"]  # else every kernel prints a warning about TCP
 SUMMARIES = ("theory", "claims")  # notebooks that read runs and write <name>.json beside them
 # Sections of the profile that decide a stage's result, besides its parent.
@@ -141,7 +143,7 @@ def write_rules(study: Study, plan: list[tuple[str, int]], seeds_text: str, args
         files = " ".join(str(path) for path in prerequisites(study, root, run, seed, plan))
         recipe = f"\t@{command.replace('{action}', 'run')} --run {run} --seed {seed}"
         lines += ["", f"{target_of(root, run, seed)}: {files}", recipe]
-    rules = root / "plan.mk"
+    rules = root / RULES
     rules.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return rules
 
@@ -285,13 +287,12 @@ def make_study(study: Study, args: argparse.Namespace, sweep: bool) -> None:
     plan = planned_runs(study, seeds, sweep)
     rules = write_rules(study, plan, seeds_text, args)
     fetch_inputs(study)
-    missing = sum(not target_of(root, *entry).exists() for entry in plan)
-    print(
-        f"study '{study.name}': {len(plan)} notebooks, {missing} without a result yet, {args.jobs} at a time",
-        flush=True,
-    )
-    goal = [str(Path(args.target).resolve())] if args.target else ["study"]
-    made = subprocess.run(["make", "--no-print-directory", f"-j{args.jobs}", "-f", str(rules), *goal], check=False)
+    goal = str(Path(args.target).resolve()) if args.target else "study"
+    command = ["make", "--no-print-directory", f"-j{args.jobs}", "-f", str(rules), goal]
+    recipes = subprocess.run([*command, "--dry-run"], check=False, capture_output=True, text=True).stdout
+    to_execute = recipes.count("nondecoupling.execute run ")
+    print(f"study '{study.name}': {to_execute} of {len(plan)} notebooks to execute, {args.jobs} at a time", flush=True)
+    made = subprocess.run(command, check=False, env=os.environ | {TO_EXECUTE: str(to_execute)})
     if made.returncode:
         raise RuntimeError(
             "the study is not complete; what is finished is kept, and make goes on from there next time."
@@ -324,7 +325,18 @@ def command_run(study: Study, args: argparse.Namespace) -> None:
     execute(
         study, args.run, args.seed, seeds, {"profile": args.profile, "overrides": parse_overrides(args.set), **folders}
     )
-    print(f"{label_of(args.run, args.seed)} · {time.perf_counter() - start:.0f} s", flush=True)
+    print(progress(study, args.run, args.seed, time.perf_counter() - start), flush=True)
+
+
+def progress(study: Study, run: str, seed: int, seconds: float) -> str:
+    """The line of a finished run; inside a study with how many of its notebooks are done, e.g. [7/24] ... 29 % done."""
+    line = f"{label_of(run, seed)} · {int(seconds) // 60}:{int(seconds) % 60:02d}"
+    to_execute, rules = int(os.environ.get(TO_EXECUTE, 0)), runs.study_folder(study) / RULES
+    if not to_execute:
+        return line
+    targets = [line.partition(": ")[0] for line in rules.read_text(encoding="utf-8").splitlines() if ".json: " in line]
+    fresh = [path for path in map(Path, targets) if path.exists() and path.stat().st_mtime > rules.stat().st_mtime]
+    return f"[{len(fresh)}/{to_execute}] {line} · {100 * len(fresh) // to_execute} % done"
 
 
 def command_list(study: Study, args: argparse.Namespace) -> None:
@@ -447,6 +459,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        if args.action != "run":  # the study speaks for its runs
+            print(
+                "\nstopped; finished runs and checkpoints are kept, the same command goes on from there",
+                file=sys.stderr,
+            )
+        return 130
     return 0
 
 

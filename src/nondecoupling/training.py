@@ -34,7 +34,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from nondecoupling import corpus as corpora
 from nondecoupling import hub, models, runs
-from nondecoupling.evaluation import Prefix, predict, summarise
+from nondecoupling.evaluation import Prefix, batches, predict, summarise
 from nondecoupling.profile import Evaluation, Profile, Rl, Sft, Study
 from nondecoupling.prompts import (
     TEMPLATE_OPTIONS,
@@ -405,8 +405,10 @@ def train_rl(stage: Stage) -> Outcome:
     @torch.no_grad()
     def sample_groups(chats: list, trainer: GRPOTrainer) -> dict[str, Any]:
         questions = chat_ids(tokenizer, chats[::group])
-        prefix = Prefix(stage.policy, questions, tokenizer.pad_token_id, copies=group)
-        answers = prefix.answers(tokenizer.eos_token_id, prompt.max_new_tokens)
+        answers = []
+        for part in batches(questions, rl.rows_per_pass):
+            prefix = Prefix(stage.policy, part, tokenizer.pad_token_id, copies=group)
+            answers += prefix.answers(tokenizer.eos_token_id, prompt.max_new_tokens)
         return {"prompt_ids": [q for q in questions for _ in range(group)], "completion_ids": answers, "logprobs": None}
 
     exact = rl.normalisation == "none"
