@@ -94,3 +94,11 @@ def test_claims_of_the_reference_follow_from_its_metrics(reference):
         assert fresh["estimate"] == pytest.approx(stored["estimate"])
         assert fresh["predicted"] == pytest.approx(stored["predicted"])
         assert fresh["ci95"] == pytest.approx(stored["ci95"])
+
+
+def test_the_errors_it_explains_are_those_of_the_code():
+    explained = re.findall(r"^\* \*\*\"(.+?)\"\*\*", README, flags=re.MULTILINE)
+    code = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "src" / "nondecoupling").glob("*.py"))
+    code = re.sub(r'"\n\s+f?"', "", code)  # literals that continue on the next line
+    assert len(explained) >= 8
+    assert [words for words in explained if words not in code] == []
