@@ -366,6 +366,15 @@ def test_a_number_that_is_not_finite_stops_the_run_and_names_the_step(name, valu
         Trainer().log({"loss": 0.1, "grad_norm": 0.2} | {name: value})
 
 
+def test_sampling_from_weights_that_are_no_numbers_names_step_and_batch(prepare, monkeypatch):
+    stage = prepare("rl")
+    trainer = trainer_of(stage, monkeypatch)
+    with torch.no_grad():
+        next(weight for weight in stage.policy.parameters() if weight.requires_grad).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="a probability is not finite at step 1, in the batch .*acceptable"):
+        trainer.train()
+
+
 def test_a_run_that_diverges_stops(prepare):
     stage = prepare("sft", changes={"sft.learning_rate": 1e30, "sft.warmup_share": 0.0})
     with pytest.raises(

@@ -32,7 +32,8 @@ def common_start(rows: Sequence[Sequence[int]]) -> list[int]:
 class Prefix:
     """Prompts that a model has read once; every answer to them is then scored or sampled from the cached state.
 
-    What all prompts begin with is read once for all of them.
+    What all prompts begin with is read once for all of them. Raises FloatingPointError where the model gives no
+    probabilities.
     """
 
     def __init__(self, model: torch.nn.Module, rows: Sequence[Sequence[int]], pad: int, copies: int = 1) -> None:
@@ -50,6 +51,8 @@ class Prefix:
             ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, logits_to_keep=1
         )
         self.first = output.logits[:, -1].float()  # (prompts, vocabulary): the answer's first token
+        if not self.first.isfinite().all():
+            raise FloatingPointError("a probability is not finite")
         if copies > 1:
             self.cache.batch_repeat_interleave(copies)
             self.mask = self.mask.repeat_interleave(copies, 0)

@@ -253,16 +253,22 @@ class FiniteSteps:
             self.batch = inputs[0]["prompt"][-1]["content"]
         else:
             self.batch = self.processing_class.decode(inputs["input_ids"][0][inputs["labels"][0] == -100])
-        return super().training_step(model, inputs, *args, **kwargs)
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        except FloatingPointError as error:
+            raise self.diverged(str(error), self.state.global_step + 1) from None
 
     def log(self, logs, *args, **kwargs):
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
-                raise FloatingPointError(
-                    f"{name} is {logs[name]} at step {self.state.global_step}, in the batch that begins with "
-                    f"{self.batch!r}: training diverged; lower the learning rate. The last checkpoint is kept."
-                )
+                raise self.diverged(f"{name} is {logs[name]}", self.state.global_step)
         super().log(logs, *args, **kwargs)
+
+    def diverged(self, what: str, step: int) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what} at step {step}, in the batch that begins with {self.batch!r}: training diverged; lower the "
+            f"learning rate. The last checkpoint is kept."
+        )
 
 
 @contextmanager
