@@ -385,3 +385,11 @@ def test_one_seed_settles_no_amount():
     }
     verdicts = theory_verdicts(content, two_policies(seeds=1))
     assert [verdicts[name] for name in ("T2", "T3", "T6", "T7")] == ["inconclusive"] * 4
+
+
+def test_the_papers_difference_is_significant_only_if_few_answers_changed():
+    table = claims.paper_numbers_table().set_index("changed sentences")["p"]
+    assert table[11] == pytest.approx(2 * 0.5**11)  # all one way
+    assert table[25] < 0.05 < table[27]
+    # 51 changes, 31 one way: both tails of the binomial, summed by hand
+    assert table[51] == pytest.approx(2 * sum(math.comb(51, k) for k in range(31, 52)) / 2**51)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from nondecoupling import corpus, runs, theory
 from nondecoupling.flags import is_collapsed
@@ -27,6 +28,7 @@ from nondecoupling.statistics import mean_interval, paired_test
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 
 LEAST_TOLERANCE = 0.01  # nats of loss, or reward
+PAPER_RIGHT = 365, 354  # sentences of CoLA's 527 that are right after RL, and after SFT on top of it
 STATES = ["base", "sft", "sft-rl", "rl", "rl-sft"]
 
 
@@ -327,6 +329,16 @@ def readme_tables(rows: list[dict[str, Any]], metrics: pd.DataFrame, sweep: list
     judged = claims_table([row for row in rows if not row["id"].startswith("T")])  # T: the sweep's table shows the same
     tables = [judged, states.rename(columns={"run": "policy"}), *([sweep_table(sweep)] if sweep else [])]
     return "\n\n".join(markdown_table(table) for table in tables)
+
+
+def paper_numbers_table() -> pd.DataFrame:
+    """Exact McNemar p of the paper's difference in experiment B, by how many sentences changed between right and wrong.
+
+    365 and 354 of 527 sentences are right; 11 more turned wrong than right. How many turned in all is not reported.
+    """
+    changed = np.array([11, 15, 19, 23, 25, 27, 31, 51, 101, 151])
+    p = [stats.binomtest((n + PAPER_RIGHT[0] - PAPER_RIGHT[1]) // 2, n).pvalue for n in changed]
+    return pd.DataFrame({"changed sentences": changed, "share of 527": changed / 527, "p": p})
 
 
 def compare_claims(fresh: list[dict[str, Any]], reference: list[dict[str, Any]]) -> pd.DataFrame:
