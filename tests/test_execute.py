@@ -372,3 +372,15 @@ def test_clean_removes_this_study_only(results, capsys):
     assert execute.main(["clean", "--set", "rl.beta=0.25"]) == 0
     assert [path.name for path in results.iterdir()] == ["nano"]
     shutil.rmtree(results)
+
+
+def test_a_reference_names_folders_without_their_paths():
+    metrics = {
+        "run": "sft",
+        "provenance": {"parameters": {"data": {"folder": "/home/me/cola", "seed": 7}, "model": {"folder": None}}},
+    }
+    expected = {
+        "run": "sft",
+        "provenance": {"parameters": {"data": {"folder": "cola", "seed": 7}, "model": {"folder": None}}},
+    }
+    assert execute.without_paths(metrics) == expected

@@ -394,9 +394,9 @@ def command_reference(study: Study, args: argparse.Namespace) -> None:
     for run, seed in planned_runs(study, seeds, sweep)[:-2]:
         source, copy = (runs.run_folder(folder, run, seed) for folder in (root, reference))
         copy.mkdir(parents=True)
-        for name in (runs.METRICS, runs.TRAJECTORY):
-            if (source / name).exists():
-                shutil.copy(source / name, copy / name)
+        runs.write_json(copy / runs.METRICS, without_paths(runs.read_json(source / runs.METRICS)))
+        if (source / runs.TRAJECTORY).exists():
+            shutil.copy(source / runs.TRAJECTORY, copy / runs.TRAJECTORY)
         if run != "data":
             predictions = runs.read_predictions(source)
             kept = predictions.assign(sentence="") if real else predictions
@@ -407,6 +407,15 @@ def command_reference(study: Study, args: argparse.Namespace) -> None:
         shutil.copy(root / name, reference / name)
     shutil.copytree(root / "figures", reference / "figures")
     update_readme(study, seeds)
+
+
+def without_paths(content: Any) -> Any:
+    """``content`` of a metrics.json with the user's folders by name only: where they stand is nobody else's business."""
+    if not isinstance(content, dict):
+        return content
+    return {
+        key: Path(value).name if key == "folder" and value else without_paths(value) for key, value in content.items()
+    }
 
 
 def update_readme(study: Study, seeds: list[int]) -> None:
