@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nondecoupling import hub, runs
+from nondecoupling.execute import quiet_environment
 from nondecoupling.profile import Profile, Study, load_study, parse_overrides, with_overrides
 
 FOLDER = runs.REPOSITORY / "results" / "bench"
@@ -196,6 +197,7 @@ def measure(study: Study, configuration: str, base: Path, data: Path, steps: int
 
 def run_bench(study: Study, args: argparse.Namespace) -> None:
     """Measure every configuration, write this machine's file, print the table and renew the README's."""
+    quiet_environment(study, jobs=1)  # the threads that the study's own runs have; before torch is imported
     import torch
 
     from nondecoupling import corpus, pretrain, training
@@ -284,7 +286,7 @@ def bench_table(machines: dict[str, dict[str, Any]]) -> Any:
                     | {
                         SFT_COLUMN: f"{cost['sft_seconds_per_step']:.3g} ({cost['sft_sentences_per_step']})",
                         "RL, s/step (answers)": f"{cost['rl_seconds_per_step']:.3g} ({cost['rl_answers_per_step']})",
-                        "answers/s": f"{cost['answers_per_second']:.3g}",
+                        "answers/s": f"{cost['answers_per_second']:,.{0 if cost['answers_per_second'] >= 100 else 1}f}",
                         "peak memory": f"{memory:.1f} GiB {content['memory_of']}",
                     }
                 )

@@ -413,9 +413,8 @@ def without_paths(content: Any) -> Any:
     """``content`` of a metrics.json with the user's folders by name only: where they stand is nobody else's business."""
     if not isinstance(content, dict):
         return content
-    return {
-        key: Path(value).name if key == "folder" and value else without_paths(value) for key, value in content.items()
-    }
+    kept = {key: without_paths(value) for key, value in content.items()}
+    return kept | ({"folder": Path(kept["folder"]).name} if kept.get("folder") else {})
 
 
 def update_readme(study: Study, seeds: list[int]) -> None:
