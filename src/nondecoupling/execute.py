@@ -410,7 +410,7 @@ def command_reference(study: Study, args: argparse.Namespace) -> None:
 
 
 def without_paths(content: Any) -> Any:
-    """``content`` of a metrics.json with the user's folders by name only: where they stand is nobody else's business."""
+    """``content`` of a metrics.json with the user's folders by name only: where they stand is nobody's business."""
     if not isinstance(content, dict):
         return content
     kept = {key: without_paths(value) for key, value in content.items()}
