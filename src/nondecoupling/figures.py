@@ -142,7 +142,7 @@ def draw_plane(
         ylabel="reward of sampled answers on dev (higher is better)",
         title="Two goals, two orders",
     )
-    axes.legend(loc="lower right", frameon=True, fontsize=9)
+    axes.legend(loc="best", frameon=True, fontsize=9)
     return figure
 
 
@@ -166,7 +166,9 @@ def draw_calibration(predictions: dict[str, pd.DataFrame], levels: list[float]) 
         )
         points = groups.agg(p=("p", "mean"), share=("label", "mean"), n=("label", "size"))
         below.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-        below.scatter(points["p"], points["share"], s=8 + 400 * points["n"] / len(p), color=COLOURS[run], alpha=0.8)
+        below.scatter(
+            points["p"], points["share"], s=8 + 400 * points["n"] / len(p), color=COLOURS[run], alpha=0.8, clip_on=False
+        )
         below.set_xlabel("p(acceptable)")
     axes[0, 0].set_ylabel("share of sentences")
     axes[1, 0].set_ylabel("labelled acceptable")
