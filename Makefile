@@ -30,8 +30,8 @@ EXECUTE = $(PYTHON) -m nondecoupling.execute
 help: ## print the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /  make \1|/' | column -t -s '|'
 	@echo
-	@echo '  options: PROFILE=nano  SEEDS=0-4  JOBS=2  DATA=folder of CoLA TSV files  MODEL=folder of a causal LM'
-	@echo '           SET="rl.beta=0.25 sft.steps=100" (every setting of src/nondecoupling/profiles/nano.yaml)'
+	@echo '  options: PROFILE=nano|laptop|paper  SEEDS=0-4  JOBS=2  DATA=folder of CoLA TSV files  MODEL=folder of a causal LM'
+	@echo '           SET="rl.beta=0.25 sft.steps=100" (every setting of src/nondecoupling/profiles/)'
 
 setup: $(READY) ## create .venv from requirements.lock (all other targets do it by themselves)
 
