@@ -290,7 +290,7 @@ def make_study(study: Study, args: argparse.Namespace, sweep: bool) -> None:
     goal = str(Path(args.target).resolve()) if args.target else "study"
     command = ["make", "--no-print-directory", f"-j{args.jobs}", "-f", str(rules), goal]
     recipes = subprocess.run([*command, "--dry-run"], check=False, capture_output=True, text=True).stdout
-    to_execute = recipes.count("nondecoupling.execute run ")
+    to_execute = recipes.count(" --run ")
     print(f"study '{study.name}': {to_execute} of {len(plan)} notebooks to execute, {args.jobs} at a time", flush=True)
     made = subprocess.run(command, check=False, env=os.environ | {TO_EXECUTE: str(to_execute)})
     if made.returncode:
