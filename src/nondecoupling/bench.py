@@ -256,12 +256,8 @@ def update_readme() -> None:
     """Write the hardware table between its markers in the README."""
     from nondecoupling.claims import markdown_table
 
-    readme = runs.REPOSITORY / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    if rest:
-        table = markdown_table(bench_table(committed_machines()))
-        readme.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    table = markdown_table(bench_table(committed_machines()))
+    runs.write_between(runs.REPOSITORY / "README.md", BEGIN, END, table)
 
 
 def bench_table(machines: dict[str, dict[str, Any]]) -> Any:

@@ -120,6 +120,13 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+def write_between(path: Path, begin: str, end: str, content: str) -> None:
+    """Replace what stands between the markers ``begin`` and ``end`` in a text file; one without them is left alone."""
+    before, marker, rest = path.read_text(encoding="utf-8").partition(begin)
+    if marker:
+        path.write_text(f"{before}{begin}\n\n{content}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
