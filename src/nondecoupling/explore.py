@@ -3,8 +3,8 @@
 Nothing is written and nothing is trained here.
 """
 
-import functools
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,8 @@ def runs_in(folder: Path) -> list[str]:
 
 def show_controls(words: str, *controls: Widget) -> None:
     """Display ``controls`` side by side; where nothing runs, ``words`` stand in their place."""
+    for control in controls:
+        control.style.description_width = "initial"  # whole words instead of "disagree..."
     box = HBox(controls, layout=Layout(flex_flow="row wrap"))
     display(box._repr_mimebundle_() | {"text/plain": words}, raw=True)
 
@@ -200,7 +202,7 @@ def rises_after_sft(measured: pd.DataFrame) -> pd.DataFrame:
 # A sentence under every policy
 
 
-@functools.cache
+@cache
 def load_policies(folder: Path, seed: int) -> tuple[Study, "PreTrainedTokenizerBase", dict[str, Any]]:
     """The study in ``folder`` as its base was made, its tokenizer, and the policies of `STATES` that are there.
 
