@@ -27,7 +27,7 @@ QUOTED  = '$(subst ','\'',$(SET))'
 STUDY   = --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set $(QUOTED) --seeds "$(SEEDS)"
 EXECUTE = $(PYTHON) -m nondecoupling.execute
 
-.PHONY: FORCE help setup reproduce theory list bench smollm2 lab test lint verify report reference notebooks clean
+.PHONY: FORCE help setup reproduce theory study list bench smollm2 lab test lint verify report reference notebooks clean
 
 help: ## print the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /  make \1|/' | column -t -s '|'
@@ -49,6 +49,9 @@ reproduce: $(READY) ## run the study: data, base model, both experiments for eve
 
 theory: $(READY) ## also run the sweep of beta that notebook 6 compares with the closed form
 	@$(EXECUTE) theory $(STUDY) --jobs $(JOBS)
+
+study: $(READY) ## also run the controls and joint training, some 20 minutes with the embedded model
+	@$(EXECUTE) study $(STUDY) --jobs $(JOBS)
 
 results/%.json: $(READY) FORCE
 	@$(EXECUTE) reproduce $(STUDY) --jobs $(JOBS) --target $@

@@ -1,6 +1,7 @@
 """A study so small that its stages take a second: the same code as a real one, in a folder of its own."""
 
 import os
+import shutil
 
 # Before torch is imported: one thread, because thread counts change the order of additions; nothing from the network.
 os.environ |= {
@@ -53,6 +54,8 @@ TINY = {
     "sft.learning_rate": 3.0e-3,
     "sft.warmup_share": 0.05,
     "sft.schedule": "cosine",
+    "sft.other_wording_share": 0.0,
+    "rl.algorithm": "grpo",
     "rl.steps": 3,
     "rl.prompts_per_step": 4,
     "rl.answers_per_prompt": 4,
@@ -62,6 +65,15 @@ TINY = {
     "rl.beta": 0.5,
     "rl.normalisation": "none",
     "rl.reward": "strict",
+    "joint.steps": 4,
+    "joint.prompts_per_step": 3,
+    "joint.demonstrations_per_step": 6,
+    "joint.learning_rate": 3.0e-3,
+    "joint.weight": 0.5,
+    "joint.phases": 0,
+    "reward.steps": 4,
+    "reward.pairs_per_step": 8,
+    "reward.learning_rate": 3.0e-3,
     "prompt.max_new_tokens": 4,
     "evaluation.points": 2,
     "evaluation.train_size": 40,
@@ -250,3 +262,18 @@ def hand_made():
         ("dev", "b", 1, "", "Three sleep."),
     ]
     return pd.DataFrame(rows, columns=["split", *corpus.COLUMNS])
+
+
+def finished_reference(name: str, results: Path) -> Study:
+    """Put a copy of a committed reference into ``results``, judged by the current rules, and return its study."""
+    from nondecoupling import claims
+
+    root = results / name
+    shutil.copytree(runs.REPOSITORY / "results" / "reference" / name, root)
+    profile = load_study(runs.read_json(root / "base" / runs.METRICS)["profile"]).profile
+    study, content = Study(name=name, profile=profile), runs.read_json(root / "theory.json")
+    metrics = runs.read_metrics(root, study, sorted({record["seed"] for record in content["runs"]}))
+    predicted = claims.predictions_of_theory(study, root, metrics)
+    rows = claims.judge_claims(metrics, predicted, claims.predictions_from_policies(study, root, metrics))
+    runs.write_json(root / "claims.json", rows + claims.judge_theory(content, metrics))
+    return study

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from conftest import TINY
-from nondecoupling import bench, claims, runs, training
+from nondecoupling import bench, claims, reinforcement, runs
 from nondecoupling.profile import load_study
 
 README = (runs.REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -19,7 +19,9 @@ def study():
 @pytest.mark.parametrize("configuration", bench.CONFIGURATIONS)
 def test_every_configuration_is_measured(study, built_base, monkeypatch, configuration):
     monkeypatch.setenv("NONDECOUPLING_RESULTS", "")  # it sets its own, which monkeypatch then takes back
-    monkeypatch.setattr(training, "DistinctGRPOTrainer", training.DistinctGRPOTrainer)  # and puts a timed one there
+    monkeypatch.setattr(
+        reinforcement, "DistinctGRPOTrainer", reinforcement.DistinctGRPOTrainer
+    )  # and puts a timed one there
     cost = bench.measure(study, configuration, built_base / "policy", built_base.parent / "data", steps=2)
     assert cost["sft_seconds_per_step"] > 0
     assert cost["answers_per_second"] == pytest.approx(

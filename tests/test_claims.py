@@ -114,8 +114,8 @@ def test_claims_are_named_once_and_speak_of_planned_runs(metrics):
     [
         ("A1", LOSS["sft-rl"], LOSS["sft"], "reproduced"),
         ("A2", LOSS["sft-rl"], LOSS["base"], "inconclusive"),
-        ("B1", REWARD["rl-sft"], REWARD["rl"], "reproduced"),
-        ("B2", REWARD["rl-sft"], REWARD["rl"], "reproduced"),
+        ("B1", REWARD["rl-sft"], REWARD["rl"], "inconclusive"),  # its interval alone would do, Holm's p does not
+        ("B2", REWARD["rl-sft"], REWARD["rl"], "inconclusive"),
         ("B3", GREEDY["rl-sft"], GREEDY["rl"], "not reproduced"),
         ("O1", REWARD["sft-rl"], REWARD["sft"], "inconclusive"),
     ],
@@ -129,6 +129,16 @@ def test_each_claim_agrees_with_scipys_paired_t_test(metrics, claim, after, befo
     assert row["p_value"] == pytest.approx(expected.pvalue)
     assert (row["seeds"], row["test"]) == (3, "paired t")
     assert row["verdict"] == verdict
+
+
+def test_a_verdict_that_does_not_survive_holms_correction_is_withdrawn(metrics):
+    rows = judge(metrics)
+    assert rows["B2"]["ci95"][1] < 0
+    assert rows["B2"]["p_value"] < 0.05 <= rows["B2"]["p_holm"]
+    p = sorted(row["p_value"] for row in rows.values())
+    assert min(row["p_holm"] for row in rows.values()) == pytest.approx(len(p) * p[0])
+    alone = claims.judge_claims(metrics, {}, {}, [claim for claim in claims.CLAIMS if claim.id == "B2"])
+    assert (alone[0]["verdict"], alone[0]["p_holm"]) == ("reproduced", rows["B2"]["p_value"])
 
 
 def test_an_interval_by_hand(metrics):
@@ -150,6 +160,7 @@ def test_rows_say_what_the_contract_asks_for(metrics):
     rows = claims.judge_claims(metrics, predicted, FROM_POLICIES)
     assert [row["id"] for row in rows] == [claim.id for claim in claims.CLAIMS]
     contract = {"id", "statement", "quantity", "paper", "predicted", "estimate", "ci95", "seeds", "test", "p_value"}
+    contract |= {"p_holm"}
     for row in rows:
         assert contract | {"verdict"} <= set(row)
         assert row["predicted"] == predicted.get(row["id"])
@@ -286,6 +297,12 @@ def test_a_claim_passes_if_verdicts_agree_and_intervals_overlap(fresh, reference
     assert table["result"].tolist() == [result, "PASS"]
     swapped = claims.compare_claims([reference], [fresh])
     assert swapped["result"].tolist() == [result]
+
+
+def test_parts_that_only_one_side_has_run_are_not_compared():
+    table = claims.compare_claims([row(), row("K1")], [row(), row("T1")])
+    assert table.set_index("claim")["result"].to_dict() == {"A1": "PASS", "T1": "not compared", "K1": "not compared"}
+    assert claims.compare_claims([row("K1")], [row("K1", verdict="inconclusive")])["result"].tolist() == ["FAIL"]
 
 
 @pytest.mark.parametrize("reference", [[row("A2")], [row(), row("A2")], []])

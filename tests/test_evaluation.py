@@ -27,7 +27,13 @@ from nondecoupling.profile import Model, Prompt, load_study
 
 PLAIN = Model(folder=None, quantization="none", dtype="float32")
 
-PROMPT = Prompt(template="{sentence}", acceptable="acceptable", unacceptable="unacceptable", max_new_tokens=5)
+PROMPT = Prompt(
+    template="{sentence}",
+    acceptable="acceptable",
+    unacceptable="unacceptable",
+    other_wording="{answer}.",
+    max_new_tokens=5,
+)
 LIMIT = 5
 
 
@@ -159,6 +165,7 @@ def test_greedy_answers_equal_those_of_generate(policy, settings, table):
             inputs,
             attention_mask=torch.ones_like(inputs),
             do_sample=False,
+            other_wording="{answer}.",
             max_new_tokens=LIMIT,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -15,9 +15,23 @@ MODULES = {
     "01_data": {"corpus", "grammar", "hub", "profile", "runs"},
     "02_base": STAGES | {"pretrain"},
     "03_sft": STAGES | {"flags"},
-    "04_rl": STAGES | {"flags"},
+    "04_proxy": STAGES,
+    "04_rl": STAGES | {"flags", "reinforcement"},
+    "05_joint": STAGES | {"flags", "reinforcement", "theory"},
     "06_theory": {"corpus", "grammar", "hub", "profile", "runs", "statistics", "theory"},
-    "07_claims": {"claims", "corpus", "figures", "flags", "grammar", "hub", "profile", "runs", "statistics", "theory"},
+    "07_claims": {
+        "claims",
+        "controls",
+        "corpus",
+        "figures",
+        "flags",
+        "grammar",
+        "hub",
+        "profile",
+        "runs",
+        "statistics",
+        "theory",
+    },
 }
 ARGUMENTS = argparse.Namespace(profile="nano", data="", model="", set="", jobs=2)
 
@@ -36,14 +50,14 @@ def no_kernel(monkeypatch):
     monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
 
 
-def write_rules(study, seeds="0", sweep=False, arguments=ARGUMENTS):
-    plan = execute.planned_runs(study, parse_seeds(seeds), sweep)
+def write_rules(study, seeds="0", groups=("main",), arguments=ARGUMENTS):
+    plan = execute.planned_runs(study, parse_seeds(seeds), groups)
     return execute.write_rules(study, plan, seeds, arguments).read_text(encoding="utf-8")
 
 
-def rules_of(study, sweep=False):
+def rules_of(study, groups=("main",)):
     """Target -> prerequisites of the rules written for two seeds of ``study``."""
-    text = write_rules(study, "0-1", sweep)
+    text = write_rules(study, "0-1", groups)
     lines = [line.partition(": ") for line in text.splitlines() if ": " in line and not line.startswith("\t")]
     return {target: needed.split() for target, _, needed in lines}
 
@@ -90,31 +104,31 @@ def test_imports_are_found_in_every_form():
 # The rules
 
 
-@pytest.mark.parametrize("sweep", [False, True])
-def test_every_run_of_every_seed_waits_for_its_parent(results, sweep):
+@pytest.mark.parametrize("groups", [["main"], ["main", "sweep"], execute.GROUPS])
+def test_every_run_of_every_seed_waits_for_its_parent(results, groups):
     study = load_study("nano")
-    root, rules = results / "nano", rules_of(study, sweep)
-    planned = study.profile.runs if sweep else study.runs_of("main")
-    assert len(rules) == 2 + 2 + len(planned) * 2 + 2
+    root, rules = results / "nano", rules_of(study, groups)
+    planned = [run for run in study.profile.runs if run.group in groups]
+    once = [run for run in planned if run.stage == "base"]
+    assert len(rules) == 2 + 2 + len(once) + (len(planned) - len(once)) * 2 + 2
+    notebooks = {"base": "02_base", "sft": "03_sft", "reward": "04_proxy", "rl": "04_rl", "joint": "05_joint"}
     for seed in (0, 1):
         for run in planned:
-            target = str(root / f"seed{seed}" / run.name / "metrics.json")
-            parent = root / "base" if run.parent == "base" else root / f"seed{seed}" / run.parent
-            needed = rules[target]
-            assert str(parent / "metrics.json") in needed
+            needed = rules[str(runs.run_folder(root, run.name, seed) / "metrics.json")]
+            before = [name for name in (run.parent, run.proxy) if name]
+            expected = {str(runs.run_folder(root, name, seed) / "metrics.json") for name in before}
+            assert {path for path in needed if path.endswith("metrics.json")} == expected
             assert str(root / "settings" / f"{run.name}.json") in needed
-            assert str(execute.NOTEBOOKS / ("03_sft.ipynb" if run.stage == "sft" else "04_rl.ipynb")) in needed
+            assert str(execute.NOTEBOOKS / f"{notebooks[run.stage]}.ipynb") in needed
             assert str(execute.SOURCES / "training.py") in needed
-            results_needed = [path for path in needed if path.endswith("metrics.json")]
-            assert len(results_needed) == 1
     assert str(root / "data" / "metrics.json") in rules[str(root / "base" / "metrics.json")]
 
 
-@pytest.mark.parametrize("sweep", [False, True])
-def test_summaries_wait_for_all_runs_and_the_report_for_the_claims(results, sweep):
+@pytest.mark.parametrize("groups", [["main"], ["main", "sweep"], execute.GROUPS])
+def test_summaries_wait_for_all_runs_and_the_report_for_the_claims(results, groups):
     study = load_study("nano")
-    root, rules = results / "nano", rules_of(study, sweep)
-    planned = study.profile.runs if sweep else study.runs_of("main")
+    root, rules = results / "nano", rules_of(study, groups)
+    planned = [run for run in study.profile.runs if run.group in groups and run.stage != "base"]
     everything = {str(root / f"seed{seed}" / run.name / "metrics.json") for seed in (0, 1) for run in planned}
     for summary in ("theory", "claims"):
         assert {path for path in rules[str(root / f"{summary}.json")] if path.endswith("metrics.json")} == everything
@@ -139,17 +153,18 @@ def test_the_data_run_waits_for_the_users_files(results, tmp_path):
     assert str(folder / "in_domain_dev.tsv") in rules[str(results / study.name / "data" / "metrics.json")]
 
 
-@pytest.mark.parametrize("sweep", [False, True])
-def test_every_run_is_planned_after_its_parent(sweep):
+@pytest.mark.parametrize("groups", [["main"], ["main", "sweep"], execute.GROUPS])
+def test_every_run_is_planned_after_its_parent(groups):
     study = load_study("nano")
-    planned = execute.planned_runs(study, [0, 1], sweep)
+    planned = execute.planned_runs(study, [0, 1], groups)
     assert planned[:2] == [("data", 0), ("base", 0)]
     assert planned[-2:] == [("theory", 0), ("claims", 0)]
     assert len(planned) == len(set(planned))
     for seed in (0, 1):
-        for run in study.profile.runs if sweep else study.runs_of("main"):
-            if run.parent != "base":
-                assert planned.index((run.parent, seed)) < planned.index((run.name, seed))
+        for run in [run for run in study.profile.runs if run.group in groups]:
+            own = (run.name, 0 if run.name in runs.SHARED_RUNS else seed)
+            for before in filter(None, (run.parent, run.proxy)):
+                assert planned.index((before, 0 if before in runs.SHARED_RUNS else seed)) < planned.index(own)
 
 
 def test_recipes_carry_the_users_words_through_make_and_shell(results):
@@ -171,7 +186,7 @@ def test_recipes_carry_the_users_words_through_make_and_shell(results):
         ({"sft.steps": 7}, {"sft", "rl-sft"}),
         ({"pretrain.max_steps": 7000}, {"base"}),
         ({"adaptation.rank": 2}, {"sft", "sft-rl", "rl", "rl-sft"}),
-        ({"data.disagreement": 0.2}, {"data", "base", "theory", "claims"}),
+        ({"data.disagreement": 0.2}, {"data", "base", "sft", "sft-rl", "rl", "rl-sft", "theory", "claims"}),
         ({"evaluation.seed": 5}, {"base", "sft", "sft-rl", "rl", "rl-sft"}),
     ],
 )
@@ -352,9 +367,11 @@ def test_the_state_of_every_run_is_listed(results, capsys):
     assert execute.main(["list", "--seeds", "0"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     states = {" ".join(words[1:-1]): words[0] for words in lines}
-    sweep = {f"seed 0 · {run.name}": "missing" for run in study.runs_of("sweep")}
-    sweep |= {"seed 0 · sft-rl-b0.5": "failed", "seed 0 · sft-rl-b0.25": "interrupted"}
-    assert states == sweep | {
+    others = {f"seed 0 · {run.name}": "missing" for run in study.runs_of("sweep") + study.runs_of("controls")}
+    others |= {"seed 0 · sft-rl-b0.5": "failed", "seed 0 · sft-rl-b0.25": "interrupted"}
+    del others["seed 0 · base-weak"]  # stands once, as all bases do
+    assert states == others | {
+        "base-weak": "missing",
         "data": "complete",
         "base": "missing",
         "seed 0 · sft": "complete",

@@ -1,4 +1,4 @@
-"""trl's own GRPO gradient against the closed forms of `theory.grpo_gradient`: one prompt, two answers of one token."""
+"""trl's own GRPO and RLOO gradients against the closed forms of `theory`: one prompt, two answers of one token."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from scipy.special import expit
 from scipy.stats import binom
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from nondecoupling import theory
 
@@ -33,13 +33,14 @@ VARIANTS = {  # what trl is told, and what the theory calls it
         {"beta": BETA, "loss_type": "dapo", "scale_rewards": "group", "use_bias_correction_kl": False},
         {"normalised": True, "corrected": False},
     ),
+    "rloo": ({"beta": BETA}, {}),
 }
 
 
 class Oracle(NamedTuple):
     """A trainer, the answers that it will be handed instead of sampling, and the gradient of the log-odds."""
 
-    trainer: GRPOTrainer
+    trainer: GRPOTrainer | RLOOTrainer
     handed: list[list[int]]
     direction: torch.Tensor
 
@@ -86,7 +87,14 @@ def oracle(reference):
         def agreement(completion_ids, label, **_):
             return [1.0 if answer == [gold] else -1.0 for answer, gold in zip(completion_ids, label, strict=True)]
 
-        config = GRPOConfig(
+        class HandedRLOOTrainer(RLOOTrainer):
+            def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+                return handed
+
+            def _tokenize_prompts(self, prompts):
+                return [QUESTION] * len(prompts), None, {}
+
+        config = (RLOOConfig if variant == "rloo" else GRPOConfig)(
             output_dir=str(reference),
             save_strategy="no",
             report_to="none",
@@ -102,9 +110,11 @@ def oracle(reference):
         model = Qwen3ForCausalLM.from_pretrained(reference)
         set_log_odds(model, LOG_ODDS)
         dataset = Dataset.from_dict({"prompt": ["no"], "label": [1]})
-        trainer = GRPOTrainer(
-            model, agreement, config, train_dataset=dataset, processing_class=tokenizer, rollout_func=hand_over
-        )
+        known = {"train_dataset": dataset, "processing_class": tokenizer}
+        if variant == "rloo":
+            trainer = HandedRLOOTrainer(model, agreement, config, **known)
+        else:
+            trainer = GRPOTrainer(model, agreement, config, rollout_func=hand_over, **known)
         trainer.current_gradient_accumulation_steps = 1  # which trainer.train() would set
         no, yes = model.train()(torch.tensor([QUESTION])).logits[0, -1]
         (yes - no).backward()
@@ -130,6 +140,8 @@ def gradient_of_log_odds(oracle: Oracle, groups: list[tuple[int, ...]], labels: 
 
 def expected(variant: str) -> float:
     told, called = VARIANTS[variant]
+    if variant == "rloo":  # compares an answer with the others only, so its gradient is the objective's own
+        return float(theory.objective_gradient(LOG_ODDS, START, Q, BETA))
     return float(theory.grpo_gradient(LOG_ODDS, START, Q, told["beta"], G, **called))
 
 
@@ -151,7 +163,7 @@ def test_trls_gradient_over_all_groups_is_the_closed_form(oracle, variant):
     assert total == pytest.approx(expected(variant), abs=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["this study", "group", "uncorrected"])
+@pytest.mark.parametrize("variant", ["this study", "group", "uncorrected", "rloo"])
 def test_trls_gradient_over_sampled_groups_is_the_closed_form_within_its_error(oracle, variant):
     rng, found = np.random.default_rng(4), []
     for _ in range(BATCHES):
@@ -161,12 +173,12 @@ def test_trls_gradient_over_sampled_groups_is_the_closed_form_within_its_error(o
     mean, error = np.mean(found), np.std(found, ddof=1) / math.sqrt(BATCHES)
     assert abs(mean - expected(variant)) < 4 * error
     # A wrong objective would show: the deviation's effect and the other divergence's are larger than the error.
-    for other in {"this study", "group", "uncorrected"} - {variant}:
+    for other in {"this study", "group", "uncorrected", "rloo"} - {variant}:
         assert abs(mean - expected(other)) > 4 * error, other
 
 
 def test_only_this_studys_settings_follow_the_gradient_of_the_objective():
     exact = float(theory.objective_gradient(LOG_ODDS, START, Q, BETA))
     assert expected("this study") == pytest.approx((G - 1) / G * exact)
-    for variant in set(VARIANTS) - {"this study"}:
+    for variant in set(VARIANTS) - {"this study", "rloo"}:
         assert abs(expected(variant) / ((G - 1) / G * exact) - 1) > 0.05, variant

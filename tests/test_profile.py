@@ -131,7 +131,7 @@ def test_other_text_gets_no_such_hint(edit):
         ([("sft", "base"), ("sft", "base")], "'sft' is listed twice"),
         ([("base", "base")], "'base' is listed twice or uses a reserved name"),
         ([("data", "base")], "'data' is listed twice or uses a reserved name"),
-        ([("sft", "data")], "'sft' starts from 'data'"),
+        ([("sft", "data")], "'sft' is a stage 'sft' and cannot start from 'data'"),
         ([("SFT", "base")], "'runs.0.name' is 'SFT'"),
         ([("a/b", "base")], "'runs.0.name' is 'a/b'"),
         ([("sft.partial", "base")], "'runs.0.name' is 'sft.partial'"),

@@ -5,7 +5,13 @@ import pytest
 from nondecoupling import pretrain, prompts
 from nondecoupling.profile import Prompt
 
-PROMPT = Prompt(template="Fine?\n\n{sentence}", acceptable="acceptable", unacceptable="unacceptable", max_new_tokens=5)
+PROMPT = Prompt(
+    template="Fine?\n\n{sentence}",
+    acceptable="acceptable",
+    unacceptable="unacceptable",
+    other_wording="{answer}.",
+    max_new_tokens=5,
+)
 
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -54,7 +60,9 @@ def test_reading_answers(answer, strict, robust):
 
 
 def test_other_answer_words_are_read_as_they_are_written():
-    prompt = Prompt(template="{sentence}", acceptable="Yes (A)", unacceptable="No.*", max_new_tokens=5)
+    prompt = Prompt(
+        template="{sentence}", acceptable="Yes (A)", unacceptable="No.*", other_wording="{answer}.", max_new_tokens=5
+    )
     assert prompts.parse_strict(prompt, "Yes (A)") == 1
     assert prompts.parse_strict(prompt, "yes (a)") is None
     assert prompts.parse_robust(prompt, "well, YES (a) it is") == 1
@@ -103,7 +111,13 @@ def test_qwen_reads_unacceptable_as_two_tokens(qwen_tokenizer):
 
 @pytest.mark.parametrize("template", ["Acceptable or unacceptable?\n\n{sentence}", "{sentence}\n", " {sentence} "])
 def test_the_prompts_tokens_are_a_prefix(tokenizer, template, sentences):
-    prompt = Prompt(template=template, acceptable="acceptable", unacceptable="unacceptable", max_new_tokens=5)
+    prompt = Prompt(
+        template=template,
+        acceptable="acceptable",
+        unacceptable="unacceptable",
+        other_wording="{answer}.",
+        max_new_tokens=5,
+    )
     for sentence in [*sentences["sentence"][:20], "Ünïcode, “quotes”\tand tabs\n\n"]:
         prompts.check_prefix(tokenizer, prompt, sentence)
 
@@ -116,7 +130,9 @@ def test_a_tokenizer_that_merges_prompt_and_answer_is_refused(nano_texts, nano_p
 
 
 def test_an_answer_that_the_template_changes_is_refused(nano_tokenizer):
-    spaced = Prompt(template="{sentence}", acceptable="acceptable", unacceptable="un", max_new_tokens=5)
+    spaced = Prompt(
+        template="{sentence}", acceptable="acceptable", unacceptable="un", other_wording="{answer}.", max_new_tokens=5
+    )
     trimming = nano_tokenizer.__class__(
         tokenizer_object=nano_tokenizer._tokenizer,
         eos_token=nano_tokenizer.eos_token,

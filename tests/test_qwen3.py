@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
 
 from conftest import SHARED, make_base, make_data, results_in
-from nondecoupling import corpus, models, prompts, runs, training
+from nondecoupling import corpus, models, prompts, reinforcement, runs, training
 from nondecoupling.evaluation import predict
 from nondecoupling.profile import Model, load_study
 
@@ -74,7 +74,7 @@ def stages(request, small_qwen, small_cola, tmp_path_factory):
     with results_in(tmp_path_factory.mktemp("results")):
         make_data(study)
         make_base(study)
-        for run, train in (("sft", training.train_sft), ("sft-rl", training.train_rl)):
+        for run, train in (("sft", training.train_sft), ("sft-rl", reinforcement.train_rl)):
             stage = training.prepare_stage(study, run, 0, expected=study.run(run).stage)
             start = adapter(stage.policy)
             outcome = train(stage)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from conftest import finished_reference
 from nondecoupling import claims, figures, report, runs
 from nondecoupling.profile import Study, load_study
 
@@ -16,11 +17,8 @@ def finished(tmp_path, monkeypatch):
     """A copy of a committed reference as a finished study, and its folder; by the reference's name."""
 
     def copy(name: str):
-        root = tmp_path / name
-        shutil.copytree(REFERENCES / name, root)
         monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
-        profile = load_study(runs.read_json(root / "base" / runs.METRICS)["profile"]).profile
-        return Study(name=name, profile=profile), root
+        return finished_reference(name, tmp_path), tmp_path / name
 
     return copy
 
@@ -43,11 +41,12 @@ def test_report_shows_every_claim_with_its_numbers(finished, name):
 
 
 def test_report_loads_nothing_and_every_figure_has_words(finished):
-    page = page_of(finished("nano")[0])
+    study, root = finished("nano")
+    page = page_of(study)
     loaded = re.findall(r'(?:src|href)="([^"]*)"|url\(|@import|<script', page)
     assert all(target.startswith(("data:", "#")) for target in loaded)
     images = re.findall(r"<img [^>]*>", page)
-    assert len(images) == 5
+    assert len(images) == len(list((root / "figures").glob("*.svg"))) >= 5
     assert all(re.search(r'alt="[^"]{60,}"', image) for image in images)
     assert "0.536 for the base model, 0.425 after SFT, 0.642 after SFT then RL" in page  # as in the README's table
 
@@ -59,6 +58,8 @@ def test_links_within_the_report_lead_somewhere(finished):
 
 def test_controls_and_joint_runs_are_shown_where_there_are_any(finished):
     study, root = finished("nano")
+    for figure in ("controls", "proxy", "joint"):
+        (root / "figures" / f"{figure}.svg").unlink(missing_ok=True)
     assert not {"Controls</h2>", "Both goals at once</h2>"} & set(re.findall(r"[\w ]+</h2>", page_of(study)))
     rows = runs.read_json(root / "claims.json")
     more = [rows[0] | {"id": "K1", "statement": "more SFT"}, rows[0] | {"id": "J1", "statement": "both in one update"}]
@@ -66,6 +67,7 @@ def test_controls_and_joint_runs_are_shown_where_there_are_any(finished):
     shutil.copy(root / "figures" / "plane.svg", root / "figures" / "joint.svg")
     page = page_of(study)
     assert "K1: more SFT" in page.partition('id="controls"')[2].partition("</section>")[0]
+    assert "Is the rise of the loss just drift" in page  # the objection that K1 answers
     joint = page.partition('<section id="joint"')[2].partition("</section>")[0]
     assert "J1: both in one update" in joint
     assert "<img" in joint

@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn.metrics import matthews_corrcoef
 
 from nondecoupling.statistics import (
     Significance,
     bootstrap_interval,
+    holm,
+    mcc_interval,
     mcnemar,
     mean_interval,
     paired_test,
@@ -172,3 +175,36 @@ def test_mcnemar_needs_the_same_sentences_judged_right_or_wrong():
 def test_reward_interval_needs_a_count(correct, n):
     with pytest.raises(ValueError, match="count"):
         reward_interval(correct, n)
+
+
+# Many claims at once, and the correlation of answers with labels
+
+
+def test_holm_by_hand_and_without_a_test():
+    assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
+    assert holm([None]) == [None]
+    assert holm([]) == []
+
+
+def test_the_difference_of_mccs_is_scikit_learns_and_its_interval_is_honest():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, 400)
+    weak, strong = (np.where(rng.random(400) < right, labels, 1 - labels) for right in (0.7, 0.9))
+    interval = mcc_interval(labels, weak, strong, seed=0)
+    assert interval.mean == pytest.approx(matthews_corrcoef(labels, strong) - matthews_corrcoef(labels, weak))
+    assert 0 < interval.low < interval.mean < interval.high
+    assert mcc_interval(labels, weak, strong, seed=0) == interval
+    swapped = mcc_interval(labels, strong, weak, seed=0)
+    assert swapped[:3] == pytest.approx((-interval.mean, -interval.high, -interval.low))
+    same = mcc_interval(labels, weak, weak, seed=0)
+    assert same == (0, 0, 0, 400)
+
+
+def test_a_constant_answer_has_no_correlation():
+    labels = np.array([0, 1] * 50)
+    assert mcc_interval(labels, np.ones(100), labels, seed=0)[:3] == pytest.approx((1, 1, 1))
+
+
+def test_answers_to_other_sentences_are_refused():
+    with pytest.raises(ValueError, match="same sentences"):
+        mcc_interval([0, 1], [0, 1, 1], [0, 1], seed=0)

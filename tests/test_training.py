@@ -11,7 +11,7 @@ import trl
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from nondecoupling import prompts, runs, training
+from nondecoupling import prompts, reinforcement, runs, training
 from nondecoupling.evaluation import predict
 from nondecoupling.profile import load_study
 from nondecoupling.training import StageCallback
@@ -26,7 +26,9 @@ def run_twice(prepare, built_sft):
         key = name, seed, again, str(changes)
         if key not in done:
             stage = prepare(name, seed, changes)
-            outcome = training.train_sft(stage) if stage.study.run(name).stage == "sft" else training.train_rl(stage)
+            outcome = (
+                training.train_sft(stage) if stage.study.run(name).stage == "sft" else reinforcement.train_rl(stage)
+            )
             metrics, predictions = measure_dev(stage)
             done[key] = stage, outcome, trained_weights(stage), metrics, predictions
         return done[key]
@@ -47,8 +49,9 @@ def trained_weights(stage):
 
 def trainer_of(stage, monkeypatch, callback=None):
     """The trainer that a stage would run, without running it."""
-    monkeypatch.setattr(training, "run_trainer", lambda stage, build, *_, **__: build(callback or TrainerCallback()))
-    return training.train_sft(stage) if stage.study.run(stage.run).stage == "sft" else training.train_rl(stage)
+    for module in (training, reinforcement):
+        monkeypatch.setattr(module, "run_trainer", lambda stage, build, *_, **__: build(callback or TrainerCallback()))
+    return training.train_sft(stage) if stage.study.run(stage.run).stage == "sft" else reinforcement.train_rl(stage)
 
 
 # What is taught
@@ -241,7 +244,7 @@ def test_scoring_distinct_answers_once_gives_the_same_numbers_and_gradients(prep
         (logps * weights).sum().backward()
         return logps.detach(), entropies.detach(), gradient(stage.policy)
 
-    plain, distinct = score(GRPOTrainer), score(training.DistinctGRPOTrainer)
+    plain, distinct = score(GRPOTrainer), score(reinforcement.DistinctGRPOTrainer)
     for expected, found in zip(plain, distinct, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert plain[2].abs().max() > 1e-3
@@ -509,7 +512,7 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("run", "train"), [("sft", training.train_sft), ("sft-rl", training.train_rl)])
+@pytest.mark.parametrize(("run", "train"), [("sft", training.train_sft), ("sft-rl", reinforcement.train_rl)])
 def test_an_interrupted_stage_ends_as_if_nothing_had_happened(tiny_sft, prepare, monkeypatch, capsys, run, train):
     changes = {"sft.steps": 6, "rl.steps": 6, "evaluation.points": 4}  # measured and saved at steps 0, 2, 4 and 6
     whole = prepare(run, changes=changes)
@@ -568,16 +571,16 @@ def test_rl_refuses_to_start_where_almost_nothing_is_rewarded(prepare):
     with pytest.raises(
         RuntimeError, match=r"RL cannot start: .*rl.reward=strict.*prompt.template.*rl.least_rewarded=0"
     ):
-        training.train_rl(stage)
+        reinforcement.train_rl(stage)
 
 
 def test_the_share_of_rewarded_answers_is_read_as_training_reads_them(capsys):
     rl = load_study("nano").profile.rl
     start = {"reward_sampled_strict": -0.98, "reward_sampled": 0.0}
     with pytest.raises(RuntimeError, match="1.0% of the sampled answers"):
-        training.check_rewarded(rl, start)
-    training.check_rewarded(rl.model_copy(update={"reward": "robust"}), start)
-    training.check_rewarded(rl.model_copy(update={"least_rewarded": 0.0}), start)
+        reinforcement.check_rewarded(rl, start)
+    reinforcement.check_rewarded(rl.model_copy(update={"reward": "robust"}), start)
+    reinforcement.check_rewarded(rl.model_copy(update={"least_rewarded": 0.0}), start)
     assert "50.0% of the sampled answers earn +1 (rl.reward=robust)" in capsys.readouterr().out
 
 

@@ -1,7 +1,7 @@
 """What a profile costs on this machine: time per step, answers per second, memory; 8-bit on and off, trl's defaults.
 
 Every configuration runs in a process of its own, so that its peak memory is its own and running out of memory costs
-one row. The stages are the real ones (`training.train_sft`, `training.train_rl`), for a few steps.
+one row. The stages are the real ones (`training.train_sft`, `reinforcement.train_rl`), for a few steps.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def timed_trainer(seconds: dict[str, float]) -> Any:
     """The project's GRPO trainer, adding up in ``seconds`` what its parts take."""
     import torch
 
-    from nondecoupling import training
+    from nondecoupling import reinforcement
 
     def timed(name: str, function: Callable) -> Callable:
         def wrapper(*args, **kwargs):
@@ -87,19 +87,19 @@ def timed_trainer(seconds: dict[str, float]) -> Any:
 
         return wrapper
 
-    class Timed(training.DistinctGRPOTrainer):
-        _generate = timed("sampling", training.DistinctGRPOTrainer._generate)
+    class Timed(reinforcement.DistinctGRPOTrainer):
+        _generate = timed("sampling", reinforcement.DistinctGRPOTrainer._generate)
         _generate_and_score_completions = timed(
-            "before the gradient", training.DistinctGRPOTrainer._generate_and_score_completions
+            "before the gradient", reinforcement.DistinctGRPOTrainer._generate_and_score_completions
         )
-        training_step = timed("step", training.DistinctGRPOTrainer.training_step)
+        training_step = timed("step", reinforcement.DistinctGRPOTrainer.training_step)
 
     return Timed
 
 
 def measure_ours(study: Study, base: Path, data: Path, steps: int) -> dict[str, Any]:
     """Cost of SFT, RL and evaluation through this project's own functions."""
-    from nondecoupling import corpus, training
+    from nondecoupling import corpus, reinforcement, training
     from nondecoupling.evaluation import predict
 
     def prepare(run: str, count: int) -> Any:
@@ -114,8 +114,8 @@ def measure_ours(study: Study, base: Path, data: Path, steps: int) -> dict[str, 
     del stage
     sft = seconds_per_step(training.train_sft, lambda count: prepare("sft", count), steps)
     parts: dict[str, float] = {}
-    training.DistinctGRPOTrainer = timed_trainer(parts)  # type: ignore[misc]
-    rl = seconds_per_step(training.train_rl, lambda count: prepare("rl", count), steps)
+    reinforcement.DistinctGRPOTrainer = timed_trainer(parts)  # type: ignore[misc]
+    rl = seconds_per_step(reinforcement.train_rl, lambda count: prepare("rl", count), steps)
     answers = study.profile.rl.prompts_per_step * study.profile.rl.answers_per_prompt
     return {
         "sft_seconds_per_step": sft,

@@ -5,7 +5,9 @@ dev sentences. With the 95 % t interval of its mean over seeds, a claim is
 
 * *reproduced* if the whole interval lies on the claimed side of zero,
 * *not reproduced* if the whole interval lies on the other side,
-* *inconclusive* if the interval includes zero, or if there is only one seed.
+* *inconclusive* if the interval includes zero, if there is only one seed, or if the paired t-test's p is 0.05 or more
+  after Holm's correction over the family of claims that are judged together (the paper's with O1; the controls; joint
+  training). Holm's correction was added with the controls, before any of them was run; it can only withdraw a verdict.
 
 A policy is *collapsed* (`flags.is_collapsed`) if it has learnt the majority label and nothing else. The verdict's note
 says where that happened.
@@ -23,10 +25,11 @@ from scipy import stats
 from nondecoupling import corpus, runs, theory
 from nondecoupling.flags import is_collapsed
 from nondecoupling.profile import Study
-from nondecoupling.statistics import mean_interval, paired_test
+from nondecoupling.statistics import Interval, Significance, holm, mean_interval, paired_test
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 
+SIGNIFICANT = 0.05  # largest p, after Holm's correction, of a verdict other than inconclusive
 LEAST_TOLERANCE = 0.01  # nats of loss, or reward
 PAPER_RIGHT = 365, 354  # sentences of CoLA's 527 that are right after RL, and after SFT on top of it
 STATES = ["base", "sft", "sft-rl", "rl", "rl-sft"]
@@ -134,34 +137,59 @@ def predictions_from_policies(study: Study, root: Path, metrics: pd.DataFrame) -
     }
 
 
+def judged_row(
+    claim: Claim,
+    interval: Interval,
+    test: Significance,
+    predicted: float | None,
+    from_policies: float | None,
+    quantity: str = "",
+    note: str = "",
+) -> dict[str, Any]:
+    """The row of claims.json for one claim; p and verdict are not yet corrected for the other claims of its family."""
+    return {
+        "id": claim.id,
+        "statement": claim.statement,
+        "quantity": quantity or f"{claim.metric}: {claim.after} - {claim.before}",
+        "paper": claim.paper,
+        "predicted": predicted,
+        "predicted_from_policies": from_policies,
+        "estimate": interval.mean,
+        "ci95": None if math.isnan(interval.low) else [interval.low, interval.high],
+        "seeds": interval.n,
+        "test": test.name,
+        "p_value": None if math.isnan(test.p_value) else test.p_value,
+        "verdict": verdict_of(interval.low, interval.high, claim.sign),
+        "note": note,
+    }
+
+
+def corrected_family(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``rows`` with ``p_holm``, Holm's correction over all of them; a verdict that does not survive it is withdrawn."""
+    corrected = holm([row["p_value"] for row in rows])
+    return [
+        row | {"p_holm": p} | ({"verdict": "inconclusive"} if p is not None and p >= SIGNIFICANT else {})
+        for row, p in zip(rows, corrected, strict=True)
+    ]
+
+
 def judge_claims(
-    metrics: pd.DataFrame, predicted: dict[str, float], from_policies: dict[str, float]
+    metrics: pd.DataFrame,
+    predicted: dict[str, float],
+    from_policies: dict[str, float],
+    claims: list[Claim] = CLAIMS,
 ) -> list[dict[str, Any]]:
     """One row per claim, ready for claims.json, from final metrics as `runs.read_metrics` gives them."""
     rows, collapsed = [], metrics.assign(collapsed=is_collapsed(metrics)).groupby("run")["collapsed"].sum()
-    for claim in CLAIMS:
+    for claim in claims:
         by_seed = metrics.pivot(index="seed", columns="run", values=claim.metric)
         differences = (by_seed[claim.after] - by_seed[claim.before]).to_numpy()
-        interval, test = mean_interval(differences), paired_test(differences)
+        interval = mean_interval(differences)
         fallen = [f"{run} {collapsed[run]}/{interval.n}" for run in (claim.before, claim.after) if collapsed[run]]
-        rows.append(
-            {
-                "id": claim.id,
-                "statement": claim.statement,
-                "quantity": f"{claim.metric}: {claim.after} - {claim.before}",
-                "paper": claim.paper,
-                "predicted": predicted.get(claim.id),
-                "predicted_from_policies": from_policies[claim.id],
-                "estimate": interval.mean,
-                "ci95": None if math.isnan(interval.low) else [interval.low, interval.high],
-                "seeds": interval.n,
-                "test": test.name,
-                "p_value": None if math.isnan(test.p_value) else test.p_value,
-                "verdict": verdict_of(interval.low, interval.high, claim.sign),
-                "note": f"collapsed: {', '.join(fallen)}" if fallen else "",
-            }
-        )
-    return rows
+        note = f"collapsed: {', '.join(fallen)}" if fallen else ""
+        given = predicted.get(claim.id), from_policies.get(claim.id)
+        rows.append(judged_row(claim, interval, paired_test(differences), *given, note=note))
+    return corrected_family(rows)
 
 
 def verdict_of_amount(gap: tuple[float, float], predicted: float) -> Verdict:
@@ -194,7 +222,8 @@ def judge_theory(content: dict[str, Any], metrics: pd.DataFrame) -> list[dict[st
         ci95 = None if math.isnan(low) else [low, high]
         known = {"id": name, "statement": statement, "quantity": quantity, "paper": "-", "predicted": None}
         found = {"predicted_from_policies": None, "estimate": mean, "ci95": ci95, "seeds": seeds}
-        return known | found | {"test": "interval", "p_value": None, "verdict": verdict, "note": ""} | more
+        decided = {"test": "interval", "p_value": None, "p_holm": None, "verdict": verdict, "note": ""}
+        return known | found | decided | more
 
     def amount(name: str, statement: str, gaps: Iterable[float], predicted: float, measured: Iterable[float]):
         gap, change = mean_interval(list(gaps)), mean_interval(list(measured))
@@ -266,7 +295,7 @@ def claims_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
             "from the policy": number(row["predicted_from_policies"]),
             "measured": number(row["estimate"]),
             "95 % interval": "-" if row["ci95"] is None else f"[{row['ci95'][0]:+.3f}, {row['ci95'][1]:+.3f}]",
-            "p": "-" if row["p_value"] is None else f"{row['p_value']:.2g}",
+            "p, Holm": "-" if row["p_holm"] is None else f"{row['p_holm']:.2g}",
             "verdict": row["verdict"] + (f" ({row['note']})" if row["note"] else ""),
         }
         for row in rows
@@ -320,14 +349,38 @@ def sweep_table(entries: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def readme_tables(rows: list[dict[str, Any]], metrics: pd.DataFrame, sweep: list[dict[str, Any]] | None) -> str:
-    """The claims, the policies and, where it was run, the sweep of a study as the README's Markdown tables."""
+def policies_table(metrics: pd.DataFrame) -> pd.DataFrame:
+    """What tells a skill from a collapse for each policy of ``metrics``, as text for the README."""
     shown = ["sft_loss", "reward_exact", "reward_greedy", "majority_reward", "mcc", "collapsed"]
     states = states_table(metrics)[shown].map(lambda value: value if isinstance(value, str) else f"{value:.3f}")
     names = {"sft_loss": "SFT loss", "reward_exact": "reward, sampled", "reward_greedy": "reward, greedy"}
     states = states.rename(columns=names | {"majority_reward": "majority answer", "mcc": "MCC"}).reset_index()
-    judged = claims_table([row for row in rows if not row["id"].startswith("T")])  # T: the sweep's table shows the same
-    tables = [judged, states.rename(columns={"run": "policy"}), *([sweep_table(sweep)] if sweep else [])]
+    return states.rename(columns={"run": "policy"})
+
+
+def rows_of(rows: list[dict[str, Any]], families: str) -> list[dict[str, Any]]:
+    """The rows of claims.json whose id begins with one of the letters ``families``.
+
+    A, B: the paper's claims; O: ours beside them; T: the theory's statements; K: controls; J: joint training.
+    """
+    return [row for row in rows if row["id"][0] in families]
+
+
+def readme_tables(
+    rows: list[dict[str, Any]],
+    metrics: pd.DataFrame,
+    sweep: list[dict[str, Any]] | None,
+    controls: pd.DataFrame | None = None,
+) -> str:
+    """A study as the README's Markdown tables: claims, policies, and, where they were run, sweep and controls.
+
+    ``metrics`` and ``controls`` are the final metrics of the groups "main" and "controls". T is left out: the sweep's
+    table shows the same.
+    """
+    tables = [claims_table(rows_of(rows, "ABO")), policies_table(metrics), *([sweep_table(sweep)] if sweep else [])]
+    if controls is not None:
+        tables += [claims_table(part).drop(columns="paper") for part in (rows_of(rows, "K"), rows_of(rows, "J"))]
+        tables.append(policies_table(controls))
     return "\n\n".join(markdown_table(table) for table in tables)
 
 
@@ -345,12 +398,19 @@ def compare_claims(fresh: list[dict[str, Any]], reference: list[dict[str, Any]])
     """Fresh claims next to the reference, one row each, PASS or FAIL.
 
     A row passes if the verdicts agree and the two 95 % intervals overlap: arithmetic differs between machines, and a
-    trained policy with it, but not by more than seeds do. Raises ValueError if the two list different claims.
+    trained policy with it, but not by more than seeds do. Claims of a part that only one side has run (the sweep, the
+    controls) are "not compared". Raises ValueError if the paper's claims are not the same on both sides.
     """
-    if [row["id"] for row in fresh] != [row["id"] for row in reference]:
+    new_rows, old_rows = ({row["id"]: row for row in side} for side in (fresh, reference))
+    if [row["id"] for row in rows_of(fresh, "ABO")] != [row["id"] for row in rows_of(reference, "ABO")]:
         raise ValueError("The two sets of claims differ; compare results of the same version of this artifact.")
     rows = []
-    for new, old in zip(fresh, reference, strict=True):
+    for name in dict.fromkeys([*old_rows, *new_rows]):
+        if name not in new_rows or name not in old_rows:
+            missing = "not run" if name in old_rows else "no reference"
+            rows.append({"claim": name, "fresh": missing, "reference": missing, "result": "not compared"})
+            continue
+        new, old = new_rows[name], old_rows[name]
         (low, high), (known_low, known_high) = (row["ci95"] or [row["estimate"]] * 2 for row in (new, old))
         agrees = new["verdict"] == old["verdict"] and low <= known_high and known_low <= high
         rows.append(

@@ -171,6 +171,11 @@ def load_corpus(folder: Path) -> pd.DataFrame:
     return corpus[["split", *COLUMNS]]
 
 
+def with_true_labels(corpus: pd.DataFrame) -> pd.DataFrame:
+    """A generated ``corpus`` as annotators who never disagree would label it: by its marks, the grammar's verdicts."""
+    return corpus.assign(label=(corpus["mark"] == "").astype(int))
+
+
 def describe_corpus(corpus: pd.DataFrame) -> pd.DataFrame:
     """Per split: sentences, share acceptable, and the reward of always giving the likelier label."""
     summary = corpus.groupby("split", sort=False)["label"].agg(sentences="size", acceptable="sum")

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ NOTEBOOK_OF = {
     "data": "01_data",
     "base": "02_base",
     "sft": "03_sft",
+    "reward": "04_proxy",
     "rl": "04_rl",
+    "joint": "05_joint",
     "theory": "06_theory",
     "claims": "07_claims",
 }
@@ -38,13 +40,16 @@ REPORT_FILES = [SOURCES / "report.py", *sorted((SOURCES / "templates").iterdir()
 RULES = "plan.mk"
 TO_EXECUTE = "NONDECOUPLING_TO_EXECUTE"  # environment variable by which a study tells its runs how many they are
 QUIET_KERNEL = ["--log-level=CRITICAL"]  # else every kernel prints a warning about TCP
+GROUPS = ("main", "sweep", "controls")  # of the plan; make reproduce, make theory and make study add them up
 SUMMARIES = ("theory", "claims")  # notebooks that read runs and write <name>.json beside them
 # Sections of the profile that decide a stage's result, besides its parent.
 SETTINGS_OF = {
     "data": ["data"],
     "base": ["data", "prompt", "model", "pretrain", "evaluation"],
-    "sft": ["prompt", "model", "adaptation", "sft", "evaluation"],
-    "rl": ["prompt", "model", "adaptation", "rl", "evaluation"],
+    "sft": ["data", "prompt", "model", "adaptation", "sft", "evaluation"],
+    "reward": ["data", "prompt", "model", "adaptation", "reward", "evaluation"],
+    "rl": ["data", "prompt", "model", "adaptation", "rl", "evaluation"],
+    "joint": ["data", "prompt", "model", "adaptation", "rl", "joint", "evaluation"],
     "theory": ["data", "rl"],
     "claims": ["data", "rl"],
 }
@@ -52,7 +57,7 @@ SETTINGS_OF = {
 
 def stage_of(study: Study, run: str) -> str:
     """The stage that makes ``run``; ValueError names the nearest run if the plan has none of that name."""
-    return run if run in (*runs.SHARED_RUNS, *SUMMARIES) else study.run(run).stage
+    return run if run in ("data", "base", *SUMMARIES) else study.run(run).stage
 
 
 def label_of(run: str, seed: int) -> str:
@@ -93,7 +98,7 @@ def used_modules(notebook: Path) -> list[Path]:
 def relevant_settings(study: Study, run: str) -> dict[str, Any]:
     """The part of the profile that decides the result of ``run``."""
     stage = stage_of(study, run)
-    profile = study.profile if run == stage and stage not in ("sft", "rl") else study.for_run(run)
+    profile = study.profile if run in SUMMARIES else study.for_run(run)
     return {section: profile.model_dump()[section] for section in SETTINGS_OF[stage]}
 
 
@@ -105,20 +110,28 @@ def prerequisites(study: Study, root: Path, run: str, seed: int, plan: list[tupl
         return files + sorted(Path(study.profile.data.folder).glob("*.tsv"))
     if run == "data":
         return files
-    if run == "base":
+    if stage_of(study, run) == "base":
         return [*files, target_of(root, "data", 0)]
     if run == "claims":
         files.append(target_of(root, "theory", 0))
     if run in SUMMARIES:
         return files + [target_of(root, *entry) for entry in plan if entry[0] not in (*runs.SHARED_RUNS, *SUMMARIES)]
-    return [*files, target_of(root, study.run(run).parent, seed)]
+    before = [name for name in (study.run(run).parent, study.run(run).proxy) if name]
+    return files + [target_of(root, name, seed) for name in before]
 
 
-def planned_runs(study: Study, seeds: list[int], sweep: bool) -> list[tuple[str, int]]:
-    """All (run, seed) pairs of a study in an order in which they can be executed."""
-    entries = study.runs_of("main") + (study.runs_of("sweep") if sweep else [])
-    stages = [(entry.name, seed) for seed in seeds for entry in entries]
-    return [("data", 0), ("base", 0), *stages, ("theory", 0), ("claims", 0)]
+def planned_runs(study: Study, seeds: list[int], groups: Collection[str]) -> list[tuple[str, int]]:
+    """All (run, seed) pairs of a study's ``groups`` in an order in which they can be executed."""
+    entries = [entry for entry in study.profile.runs if entry.group in groups]
+    shared = [(entry.name, 0) for entry in entries if entry.name in runs.SHARED_RUNS]
+    stages = [(entry.name, seed) for seed in seeds for entry in entries if entry.name not in runs.SHARED_RUNS]
+    return [("data", 0), ("base", 0), *shared, *stages, ("theory", 0), ("claims", 0)]
+
+
+def finished_groups(study: Study, seeds: list[int]) -> list[str]:
+    """The groups of the plan of which all runs of ``seeds`` are finished."""
+    root = runs.study_folder(study)
+    return [group for group in GROUPS if study.runs_of(group) and not runs.missing_runs(root, study, seeds, group)]
 
 
 def write_rules(study: Study, plan: list[tuple[str, int]], seeds_text: str, args: argparse.Namespace) -> Path:
@@ -174,6 +187,8 @@ def execute(study: Study, run: str, seed: int, seeds: str, options: dict[str, An
         parameters["seeds"] = seeds
     elif run not in runs.SHARED_RUNS:
         parameters |= {"run": run, "seed": seed}
+    elif run != "data":
+        parameters["run"] = run
     check_parameters(notebook, parameters)
 
     from nbclient.exceptions import DeadKernelError
@@ -224,7 +239,7 @@ def quiet_environment(study: Study, jobs: int) -> None:
 def status_lines(study: Study, seeds: list[int]) -> list[str]:
     """One line per planned run: its state, and its folder or file."""
     root, lines = runs.study_folder(study), []
-    for run, seed in planned_runs(study, seeds, sweep=True):
+    for run, seed in planned_runs(study, seeds, GROUPS):
         target = target_of(root, run, seed)
         base = target.with_suffix("") if run in SUMMARIES else target.parent
         states = {
@@ -238,11 +253,15 @@ def status_lines(study: Study, seeds: list[int]) -> list[str]:
 
 
 def command_reproduce(study: Study, args: argparse.Namespace) -> None:
-    make_study(study, args, sweep=False)
+    make_study(study, args, ["main"])
 
 
 def command_theory(study: Study, args: argparse.Namespace) -> None:
-    make_study(study, args, sweep=True)
+    make_study(study, args, ["main", "sweep"])
+
+
+def command_study(study: Study, args: argparse.Namespace) -> None:
+    make_study(study, args, ["main", "controls"])
 
 
 def fetch_inputs(study: Study) -> None:
@@ -254,13 +273,12 @@ def fetch_inputs(study: Study) -> None:
         hub.fetch_model(profile.model.hub, str(profile.model.revision))
 
 
-def make_study(study: Study, args: argparse.Namespace, sweep: bool) -> None:
+def make_study(study: Study, args: argparse.Namespace, groups: list[str]) -> None:
     """Let make execute what is missing of the study, then print its claims."""
     start, seeds_text, root = time.perf_counter(), args.seeds or study.profile.seeds, runs.study_folder(study)
     seeds = parse_seeds(seeds_text)
-    # A finished sweep stays part of the study, so that make reproduce after make theory executes nothing.
-    sweep = sweep or bool(study.runs_of("sweep")) and not runs.missing_runs(root, study, seeds, "sweep")
-    plan = planned_runs(study, seeds, sweep)
+    # What is finished stays part of the study, so that make reproduce after make theory executes nothing.
+    plan = planned_runs(study, seeds, [*groups, *finished_groups(study, seeds)])
     rules = write_rules(study, plan, seeds_text, args)
     fetch_inputs(study)
     goal = str(Path(args.target).resolve()) if args.target else "study"
@@ -283,7 +301,7 @@ def print_claims(root: Path) -> None:
     from nondecoupling.claims import claims_table
 
     rows = [row for row in runs.read_json(root / "claims.json") if not row["id"].startswith("T")]
-    print(claims_table(rows).drop(columns=["p"]).to_string(index=False))
+    print(claims_table(rows).drop(columns=["p, Holm"]).to_string(index=False))
     print(f"\nreport:  {root / 'report.html'}\nfigures: {root / 'figures'}\nclaims:  {root / 'claims.json'}")
 
 
@@ -368,14 +386,13 @@ def command_reference(study: Study, args: argparse.Namespace) -> None:
         raise RuntimeError(f"{root} is not complete; finish the study first (make reproduce).")
     shutil.rmtree(reference, ignore_errors=True)
     real = not study.profile.data.generated
-    sweep = not runs.missing_runs(root, study, seeds, "sweep")
-    for run, seed in planned_runs(study, seeds, sweep)[:-2]:
+    for run, seed in planned_runs(study, seeds, finished_groups(study, seeds))[:-2]:
         source, copy = (runs.run_folder(folder, run, seed) for folder in (root, reference))
         copy.mkdir(parents=True)
         runs.write_json(copy / runs.METRICS, without_paths(runs.read_json(source / runs.METRICS)))
         if (source / runs.TRAJECTORY).exists():
             shutil.copy(source / runs.TRAJECTORY, copy / runs.TRAJECTORY)
-        if run != "data":
+        if run != "data":  # the reward model's are scores
             predictions = runs.read_predictions(source)
             kept = predictions.assign(sentence="") if real else predictions
             pd.DataFrame(kept).to_parquet(copy / runs.predictions_file("dev"))
@@ -416,6 +433,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[Study, argparse.Namespace], None]] = {
         "reproduce": command_reproduce,
         "theory": command_theory,
+        "study": command_study,
         "run": command_run,
         "list": command_list,
         "report": command_report,

@@ -63,15 +63,16 @@ def seeds_in(folder: Path) -> list[int]:
 
 
 def runs_of(folder: Path, seed: int) -> list[str]:
-    """The finished runs of one seed of a study, the base first, then in the order of `STATES`, then by name."""
-    names = [path.parent.name for path in sorted(folder.glob(f"seed{seed}/*/{runs.METRICS}"))]
+    """The finished policies of one seed of a study, the base first, then in the order of `STATES`, then by name."""
+    files = sorted(folder.glob(f"seed{seed}/*/{runs.METRICS}"))
+    names = [path.parent.name for path in files if runs.read_json(path).get("stage") != "reward"]
     known = [name for name in STATES if name in names]
     base = ["base"] if runs.is_complete(folder / "base") else []
     return base + known + [name for name in names if name not in known]
 
 
 def runs_in(folder: Path) -> list[str]:
-    """The finished runs of all seeds of a study, in the order of `runs_of`."""
+    """The finished policies of all seeds of a study, in the order of `runs_of`."""
     return list(dict.fromkeys(run for seed in seeds_in(folder) for run in runs_of(folder, seed)))
 
 
@@ -194,7 +195,8 @@ def draw_closed_forms(disagreement: float, beta: float, measured: pd.DataFrame) 
 
 def rises_after_sft(measured: pd.DataFrame) -> pd.DataFrame:
     """``beta, rise``: how much RL after SFT raised the SFT loss, for each such run and seed of ``measured``."""
-    after = measured[measured["run"].str.startswith("sft-rl") & measured["beta"].notna()]
+    # The runs of the sweep differ in beta only; other names that begin with sft-rl are controls.
+    after = measured[measured["run"].str.fullmatch(r"sft-rl(-b[0-9.]+)?")]
     before = measured[measured["run"] == "sft"].set_index("seed")["sft_loss"]
     return pd.DataFrame({"beta": after["beta"], "rise": after["sft_loss"] - after["seed"].map(before)}).dropna()
 

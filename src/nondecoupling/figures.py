@@ -183,9 +183,9 @@ def draw_calibration(predictions: dict[str, pd.DataFrame], levels: list[float]) 
 def draw_predictions(rows: list[dict[str, Any]]) -> Figure:
     """Each claim's change as measured, with its 95 % interval over seeds, beside what was predicted.
 
-    ``rows`` are those of claims.json; the theory's own statements (T...) are left out.
+    ``rows`` are those of claims.json, of which the paper's claims (A, B) and O1 are drawn.
     """
-    shown = [row for row in rows if row["id"][0] != "T"]
+    shown = [row for row in rows if row["id"][0] in "ABO"]
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.5 * len(shown)))
     kinds = (
         ("predicted", "predicted, perfect learner", "D"),
@@ -208,4 +208,75 @@ def draw_predictions(rows: list[dict[str, Any]]) -> Figure:
     axes.set_yticks(range(len(shown)), [row["id"] for row in shown])
     axes.set(ylim=(len(shown) - 0.5, -0.5), xlabel="change of SFT loss (A, nats) or of reward (B, O)")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=10, frameon=False)
+    return figure
+
+
+def draw_controls(rows: list[dict[str, Any]]) -> Figure:
+    """Measured quantity of each control with its 95 % interval over seeds, and what was predicted, one line each.
+
+    ``rows`` are those of claims.json whose quantity is a difference of losses (nats) or of rewards.
+    """
+    figure, axes = plt.subplots(figsize=(8, 0.55 * len(rows) + 1.6))
+    palette = sns.color_palette("colorblind")
+    for place, row in enumerate(reversed(rows)):
+        low, high = row["ci95"] or [row["estimate"]] * 2
+        axes.plot([low, high], [place, place], color=palette[0], linewidth=2.5, solid_capstyle="round")
+        axes.plot(row["estimate"], place, "o", color=palette[0], label="measured, 95 % interval" if not place else None)
+        for key, mark, colour, words in (
+            ("predicted", "d", "0.55", "predicted, perfect learner"),
+            ("predicted_from_policies", "D", palette[2], "predicted from the policies"),
+        ):
+            if row[key] is not None:
+                known = axes.get_legend_handles_labels()[1]
+                label = words if words not in known else None
+                axes.plot(row[key], place, mark, color=colour, fillstyle="none", markersize=9, label=label)
+    axes.axvline(0, color="0.4", linewidth=1)
+    axes.set_yticks(range(len(rows)), [f"{row['id']}: {row['statement']}" for row in reversed(rows)], fontsize=9)
+    axes.set_xlabel("difference of SFT loss (nats) or of reward")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.2, -0.18), ncols=3, fontsize=9, frameon=False)
+    return figure
+
+
+def draw_proxy(trajectories: pd.DataFrame, majority: float) -> Figure:
+    """True reward and proxy's score along RL paid by the proxy, and along RL paid by the truth; means over seeds."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    colours = dict(zip(("rl", "rl-proxy", "sft-rl", "sft-rl-proxy"), sns.color_palette("colorblind"), strict=False))
+    for (metric, title), axes in zip(
+        {"reward_exact": "true reward of sampled answers", "reward_proxy": "the proxy's mean score"}.items(), panels,
+        strict=True,
+    ):  # fmt: skip
+        for run, colour in colours.items():
+            part = trajectories[trajectories["run"] == run]
+            if part[metric].notna().any():
+                sns.lineplot(part, x="step", y=metric, color=colour, errorbar=("ci", 95), seed=0, label=run, ax=axes)
+        axes.set(xlabel="RL steps", ylabel=title)
+        axes.legend(fontsize=9)
+    label_levels(panels[0], {"majority answer": majority})
+    return figure
+
+
+def draw_joint(metrics: pd.DataFrame, joint: list[str], frontiers: dict[str, pd.DataFrame]) -> Figure:
+    """Where joint, interleaved and sequential training end in the (SFT loss, sampled reward) plane.
+
+    Small marks are seeds, large ones means. ``frontiers`` maps a label to columns ``sft_loss, reward``.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5.4))
+    for (label, curve), style in zip(frontiers.items(), ("-", "--", ":"), strict=False):
+        axes.plot(curve["sft_loss"], curve["reward"], color="0.55", linestyle=style, linewidth=2, label=label, zorder=0)
+    mixed = sns.color_palette("flare", len(joint))
+    marks = {run: (COLOURS[run], "*", NAMES[run]) for run in ("sft", "sft-rl", "rl", "rl-sft")}
+    marks |= {
+        run: (colour, "X" if run == "interleaved" else "o", run) for run, colour in zip(joint, mixed, strict=True)
+    }
+    for run, (colour, mark, name) in marks.items():
+        ends = metrics[metrics["run"] == run]
+        axes.plot(ends["sft_loss"], ends["reward_exact"], mark, color=colour, markersize=4, alpha=0.5)
+        middle = ends[["sft_loss", "reward_exact"]].mean()
+        axes.plot(*middle, mark, color=colour, markersize=12, markeredgecolor="white", label=name)
+    axes.set(
+        xlabel="SFT loss on dev, nats per response (lower is better)",
+        ylabel="reward of sampled answers on dev (higher is better)",
+        title="Both at once, or one after the other",
+    )
+    axes.legend(fontsize=9, loc="lower right")
     return figure

@@ -7,12 +7,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import logging
 
 from nondecoupling.profile import Adaptation, Model
 
@@ -33,16 +35,33 @@ def load_base(base: Path, how: Model) -> PreTrainedModel:
 
     Its weights are held as ``how`` says: in ``dtype``, those of linear layers in 8 bits with ``quantization: 8bit``.
     """
+    return _load(AutoModelForCausalLM, base, how)
+
+
+def _load(kind: Any, folder: Path, how: Model, **options: Any) -> PreTrainedModel:
+    """A model of class ``kind`` from ``folder``, held as ``how`` says."""
     # cuDNN's attention gave NaN gradients on left-padded batches (torch 2.11 on an H100); the other kernels do not.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return AutoModelForCausalLM.from_pretrained(
-        base,
+    return kind.from_pretrained(
+        folder,
         dtype=getattr(torch, how.dtype),
         quantization_config=BitsAndBytesConfig(load_in_8bit=True) if how.quantization == "8bit" else None,
         attn_implementation="sdpa",
         device_map={"": 0} if torch.cuda.is_available() else None,
         local_files_only=True,
         use_safetensors=True,
+        **options,
+    )
+
+
+def _lora(adaptation: Adaptation, task: str) -> LoraConfig:
+    """A fresh adapter on every linear layer."""
+    return LoraConfig(
+        r=adaptation.rank,
+        lora_alpha=adaptation.alpha,
+        lora_dropout=0.0,  # dropout would make the sampled policy differ from the trained one
+        target_modules="all-linear",
+        task_type=task,
     )
 
 
@@ -69,14 +88,44 @@ def start_policy(
             )
         return policy
     set_seed(seed)
-    config = LoraConfig(
-        r=adaptation.rank,
-        lora_alpha=adaptation.alpha,
-        lora_dropout=0.0,  # dropout would make the sampled policy differ from the trained one
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(load_base(base, how), config)
+    return get_peft_model(load_base(base, how), _lora(adaptation, "CAUSAL_LM"))
+
+
+def start_reward_model(
+    base: Path, trained: Path | None, how: Model, adaptation: Adaptation, seed: int, pad: int
+) -> PreTrainedModel | PeftModel:
+    """A reward model: the base's body with a head that gives one number, read at the last token that is not ``pad``.
+
+    A fresh one (``trained`` is None) is to be trained, head and adapter (or all weights); a finished one is frozen and
+    scores answers. ``seed`` initialises head and adapter.
+    """
+    set_seed(seed)
+    whole = trained if trained and adaptation.method == "full" else base
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the head is new is meant
+    body = _load(AutoModelForSequenceClassification, whole, how, num_labels=1)
+    logging.set_verbosity(verbosity)
+    body.config.pad_token_id = pad
+    if trained:
+        scorer = body if adaptation.method == "full" else PeftModel.from_pretrained(body, trained)
+        return scorer.eval().requires_grad_(False)
+    return body if adaptation.method == "full" else get_peft_model(body, _lora(adaptation, "SEQ_CLS"))
+
+
+@torch.inference_mode()
+def scores(reward_model: PreTrainedModel | PeftModel, rows: list[list[int]], batch_size: int) -> list[float]:
+    """The reward model's score of each row of token ids (question, answer, end token).
+
+    Differences of scores are log-odds: of one answer being preferred to the other.
+    """
+    device, pad, found = next(reward_model.parameters()).device, reward_model.config.pad_token_id, []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        width = max(map(len, part))
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in part], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part], device=device)
+        found += reward_model(ids, attention_mask=mask, use_cache=False).logits[:, 0].tolist()
+    return found
 
 
 def save_policy(model: PreTrainedModel | PeftModel, folder: Path) -> None:

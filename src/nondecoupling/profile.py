@@ -30,13 +30,14 @@ class Section(BaseModel):
 class Data(Section):
     """Where sentences come from: ``folder`` (CoLA-shaped TSV files) if it is given, else ``source``.
 
-    ``expect: cola`` refuses files that are not CoLA 1.1's, byte for byte. The other settings shape the generated
-    corpus.
+    ``expect: cola`` refuses files that are not CoLA 1.1's, byte for byte. ``labels`` are the annotators', or the truth
+    (the grammar's verdict), which only the generated corpus knows. The other settings shape the generated corpus.
     """
 
     source: Literal["generated", "hub"]
     folder: str | None
     expect: Literal["any", "cola"]
+    labels: Literal["annotated", "truth"] = "annotated"
     train_size: Count | None = None
     dev_size: Count | None = None
     disagreement: Annotated[float, Field(ge=0, lt=0.5)] | None = None
@@ -54,13 +55,20 @@ class Data(Section):
             raise ValueError(f"the generated corpus needs the setting '{missing[0]}'")
         return self
 
+    @model_validator(mode="after")
+    def truth_is_known(self) -> "Data":
+        if self.labels == "truth" and not self.generated:
+            raise ValueError("labels: truth needs the generated corpus, whose truth is known")
+        return self
+
 
 class Prompt(Section):
-    """The question and its two answers."""
+    """The question, its two answers, and another wording of them (``{answer}`` stands for the answer)."""
 
     template: Annotated[str, Field(pattern=r"\{sentence\}")]
     acceptable: Annotated[str, Field(min_length=1)]
     unacceptable: Annotated[str, Field(min_length=1)]
+    other_wording: Annotated[str, Field(pattern=r"\{answer\}")]
     max_new_tokens: Count
 
     @model_validator(mode="after")
@@ -120,7 +128,10 @@ class Pretrain(Section):
 
 
 class Sft(Section):
-    """Supervised fine-tuning (trl's SFTTrainer), loss on the response only."""
+    """Supervised fine-tuning (trl's SFTTrainer), loss on the response only.
+
+    ``other_wording_share`` of the demonstrations answer in the prompt's other wording.
+    """
 
     steps: Count
     batch_size: Count
@@ -128,6 +139,7 @@ class Sft(Section):
     learning_rate: Positive
     warmup_share: Share
     schedule: Literal["constant", "linear", "cosine"]
+    other_wording_share: Share
 
     @model_validator(mode="after")
     def passes_fill_the_batch(self) -> "Sft":
@@ -137,8 +149,13 @@ class Sft(Section):
 
 
 class Rl(Section):
-    """Reinforcement learning (trl's GRPOTrainer) of E[r] - beta KL(p | start of the stage)."""
+    """Reinforcement learning of E[r] - beta KL(p | start of the stage) by trl's GRPOTrainer or RLOOTrainer.
 
+    ``reward``: +1 for the right label read strictly, robustly or in the prompt's other wording only, -1 otherwise;
+    "random" is a coin, whatever the answer; "proxy" is the score of a reward model that learnt from preferences.
+    """
+
+    algorithm: Literal["grpo", "rloo"]
     steps: Count
     prompts_per_step: Count
     answers_per_prompt: Annotated[int, Field(ge=2)]
@@ -148,8 +165,41 @@ class Rl(Section):
     schedule: Literal["constant", "linear", "cosine"]
     beta: Annotated[float, Field(ge=0)]
     normalisation: Literal["none", "group"]
-    reward: Literal["strict", "robust"]
+    reward: Literal["strict", "robust", "other_wording", "random", "proxy"]
     least_rewarded: Share
+
+    @model_validator(mode="after")
+    def rloo_divides_by_nothing(self) -> "Rl":
+        if self.algorithm == "rloo" and self.normalisation == "group":
+            raise ValueError("rloo does not divide by a group's deviation: set normalisation=none or algorithm=grpo")
+        return self
+
+
+class Joint(Section):
+    """SFT and RL in one stage, on (1 - weight) x (RL objective) - weight x (SFT loss).
+
+    With ``phases`` 0 every update has both terms. With n phases the stage is n times SFT updates and then RL updates,
+    all of a half-phase alike, and ``weight`` is not used. What ``rl`` says about answers and rewards holds here, too.
+    """
+
+    steps: Count
+    prompts_per_step: Count
+    demonstrations_per_step: Count
+    learning_rate: Positive
+    warmup_share: Share
+    schedule: Literal["constant", "linear", "cosine"]
+    weight: Share
+    phases: Annotated[int, Field(ge=0)]
+
+
+class Reward(Section):
+    """The proxy reward model (trl's RewardTrainer) on pairs of the right and the wrong answer to one question."""
+
+    steps: Count
+    pairs_per_step: Count
+    learning_rate: Positive
+    warmup_share: Share
+    schedule: Literal["constant", "linear", "cosine"]
 
 
 class Evaluation(Section):
@@ -172,13 +222,15 @@ class Evaluation(Section):
 class Run(Section):
     """One stage of the plan: ``name`` = ``stage`` applied to the policy of ``parent``.
 
-    ``make reproduce`` runs the group "main", ``make theory`` also the group "sweep".
+    ``make reproduce`` runs the group "main", ``make theory`` also the group "sweep", ``make study`` also the group
+    "controls". ``proxy`` names the run whose reward model pays an RL run with ``rl.reward: proxy``.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+(\.[0-9]+)?)*$")]
-    group: Literal["main", "sweep"] = "main"
-    stage: Literal["sft", "rl"]
+    group: Literal["main", "sweep", "controls"] = "main"
+    stage: Literal["base", "sft", "rl", "joint", "reward"]
     parent: str
+    proxy: str | None = None
     overrides: dict[str, Any] = {}
 
 
@@ -194,6 +246,8 @@ class Profile(Section):
     pretrain: Pretrain | None = None
     sft: Sft
     rl: Rl
+    joint: Joint
+    reward: Reward
     evaluation: Evaluation
     runs: list[Run]
 
@@ -214,13 +268,19 @@ class Profile(Section):
 
     @model_validator(mode="after")
     def runs_form_a_graph(self) -> "Profile":
-        known = ["base"]
+        known = {"data": "data", "base": "base"}  # stage of each run listed so far
         for run in self.runs:
-            if run.name in [*known, "data", "theory", "claims"]:
+            if run.name in [*known, "theory", "claims"]:
                 raise ValueError(f"run '{run.name}' is listed twice or uses a reserved name")
             if run.parent not in known:
                 raise ValueError(f"run '{run.name}' starts from '{run.parent}', which is not listed above it")
-            known.append(run.name)
+            if (run.stage == "base") != (run.parent == "data") or known[run.parent] == "reward":
+                raise ValueError(f"run '{run.name}' is a stage '{run.stage}' and cannot start from '{run.parent}'")
+            if run.proxy is not None and known.get(run.proxy) != "reward":
+                raise ValueError(
+                    f"run '{run.name}' has proxy '{run.proxy}', which is no run of stage 'reward' above it"
+                )
+            known[run.name] = run.stage
         return self
 
 
@@ -242,8 +302,14 @@ class Study(Section):
         return [run for run in self.profile.runs if run.group == group]
 
     def for_run(self, name: str) -> Profile:
-        """The profile with the overrides of run ``name`` applied."""
-        return with_overrides(self.profile, self.run(name).overrides)
+        """The profile with the overrides of run ``name`` applied; that of "data" and "base" has none."""
+        return self.profile if name in ("data", "base") else with_overrides(self.profile, self.run(name).overrides)
+
+    def base_of(self, name: str) -> str:
+        """The base run that the policy of run ``name`` goes back to."""
+        while name != "base" and self.run(name).stage != "base":
+            name = self.run(name).parent
+        return name
 
 
 def nearest(name: str, candidates: list[str]) -> str:
@@ -274,9 +340,14 @@ def load_study(
     loaded = validated(tree, where=path.name)
     changes = dict(overrides or {})
     changes |= {key: folder for key, folder in (("data.folder", data), ("model.folder", model)) if folder}
-    study = Study(name=loaded.name, profile=with_overrides(loaded, changes))
-    for run in study.profile.runs:
-        study.for_run(run.name)  # a run's own overrides are refused now, not hours later
+    study = Study(name=loaded.name, profile=with_possible_runs(with_overrides(loaded, changes)))
+    for run in study.profile.runs:  # what is wrong with a run is said now, not hours later
+        paid, reward = run.stage in ("rl", "joint"), study.for_run(run.name).rl.reward
+        if (run.proxy is not None) != (paid and reward == "proxy"):
+            raise ValueError(
+                f"run '{run.name}' has rl.reward={reward} and proxy {run.proxy}: rl.reward=proxy, and no other "
+                f"reward, needs a proxy, which is a run of stage 'reward'"
+            )
     if not changes:
         return study
     settings = study.profile.model_dump()  # with 1 and 1.0 made alike
@@ -295,7 +366,22 @@ def load_study(
     if len(named) > 3:  # the digest tells studies apart; the name is for reading
         named = [f"{len(named)}_settings"]
     names = [loaded.name, *(slug(Path(folder).resolve().name) for folder in folders.values()), *named]
-    return Study(name=f"{'-'.join(names)[:120]}-{digest}", profile=with_overrides(loaded, changes))
+    profile_used = with_possible_runs(with_overrides(loaded, changes))
+    return Study(name=f"{'-'.join(names)[:120]}-{digest}", profile=profile_used)
+
+
+def with_possible_runs(profile: Profile) -> Profile:
+    """``profile`` without the controls that it cannot have: those on true labels that nobody knows, and those on a base
+    of its own where the base is given."""
+    kept: list[Run] = []
+    left_out: set[str] = set()
+    for run in profile.runs:
+        wants_truth = run.overrides.get("data.labels") == "truth" and not profile.data.generated
+        if wants_truth or (run.stage == "base" and not profile.pretrains) or run.parent in left_out:
+            left_out.add(run.name)
+        else:
+            kept.append(run)
+    return profile.model_copy(update={"runs": kept})
 
 
 def folder_digest(folder: Path, pattern: str) -> str:

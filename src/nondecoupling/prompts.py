@@ -25,6 +25,12 @@ def responses(prompt: Prompt) -> tuple[str, str]:
     return prompt.unacceptable, prompt.acceptable
 
 
+def other_wordings(prompt: Prompt) -> tuple[str, str]:
+    """The two answers in the prompt's other wording, indexed by label."""
+    unacceptable, acceptable = (prompt.other_wording.replace("{answer}", answer) for answer in responses(prompt))
+    return unacceptable, acceptable
+
+
 def chat_ids(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]]) -> list[list[int]]:
     """Token ids of rendered chats, up to where the answer begins."""
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS)
@@ -67,6 +73,11 @@ def check_prefix(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentence: s
 def parse_strict(prompt: Prompt, answer: str) -> int | None:
     """Label of an answer that is exactly one of the two responses, else None (the paper's training reward)."""
     return {text: label for label, text in enumerate(responses(prompt))}.get(answer)
+
+
+def parse_other_wording(prompt: Prompt, answer: str) -> int | None:
+    """Label of an answer that is exactly one of the two responses in the other wording, else None."""
+    return {text: label for label, text in enumerate(other_wordings(prompt))}.get(answer)
 
 
 def parse_robust(prompt: Prompt, answer: str) -> int | None:

@@ -14,7 +14,8 @@ import pandas as pd
 import yaml
 
 from nondecoupling import figures, runs
-from nondecoupling.claims import STATES, claims_table, states_table, sweep_table
+from nondecoupling.claims import claims_table, states_table, sweep_table
+from nondecoupling.controls import OBJECTIONS
 from nondecoupling.profile import Study, load_study
 
 REPORT = "report.html"
@@ -94,9 +95,11 @@ def read_study(study: Study, root: Path) -> dict[str, Any]:
     rows, theory = runs.read_json(root / "claims.json"), runs.read_json(root / "theory.json")
     seeds = sorted({record["seed"] for record in theory["runs"]})
     metrics = runs.read_metrics(root, study, seeds)
-    states, policies = states_table(metrics), policy_table(states_table(metrics))
+    states = states_table(metrics)
+    has_controls = bool(study.runs_of("controls")) and not runs.missing_runs(root, study, seeds, "controls")
+    others = states_table(runs.read_metrics(root, study, seeds, group="controls")) if has_controls else None
     names = [(run, 0) for run in runs.SHARED_RUNS] + [(run.name, seed) for seed in seeds for run in study.profile.runs]
-    files = [runs.run_folder(root, *name) / runs.METRICS for name in names]
+    files = dict.fromkeys(runs.run_folder(root, *name) / runs.METRICS for name in names)
     records = [runs.read_json(path) for path in files if path.exists()]
     machines = {(record["provenance"]["cpu"], record["provenance"]["gpu"]) for record in records}
     return {
@@ -111,8 +114,9 @@ def read_study(study: Study, root: Path) -> dict[str, Any]:
         "controls": claim_group(rows, "K"),
         "joint": claim_group(rows, "J"),
         "states": states.to_dict("index"),
-        "policies": policies.iloc[: len(STATES)],
-        "other_policies": policies.iloc[len(STATES) :],
+        "policies": policy_table(states),
+        "objections": OBJECTIONS,
+        "other_policies": None if others is None else policy_table(others),
         "collapsed": [figures.NAMES.get(run, run) for run in states.index[states["collapsed"] != "no"]],
         "sweep": sweep_table(theory["sweep"]) if theory["sweep"] else None,
         "sweep_from_reference": bool(runs.missing_runs(root, study, seeds, "sweep")),

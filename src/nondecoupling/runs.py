@@ -1,7 +1,7 @@
 """Run folders: where results stand, what they hold, and how they come into being (all at once or not at all).
 
 A run is written to ``<run>.partial`` and renamed to ``<run>`` when it is complete, so that a folder without that ending
-is a result. ``data`` and ``base`` stand once per study, every other run once per seed.
+is a result. ``data`` and the base models stand once per study, every other run once per seed.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import pandas as pd
 from nondecoupling.profile import Study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SHARED_RUNS = ("data", "base")
+SHARED_RUNS = ("data", "base", "base-weak")
 METRICS, TRAJECTORY, POLICY = "metrics.json", "trajectory.csv", "policy"
 MEASURED = "measured.json"  # the last file of a checkpoint
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy")
@@ -261,21 +261,26 @@ def sweep_to_read(study: Study, seeds: list[int]) -> Path | None:
     return next((folder for folder in folders if not missing_runs(folder, study, seeds, "sweep")), None)
 
 
-def read_metrics(root: Path, study: Study, seeds: list[int], split: str = "dev") -> pd.DataFrame:
-    """Final metrics of all runs, one row per (run, seed); the base stands once per seed so that runs can be paired."""
+def read_metrics(root: Path, study: Study, seeds: list[int], split: str = "dev", group: str = "main") -> pd.DataFrame:
+    """Final metrics of the policies of one group of the plan, one row per (run, seed).
+
+    Bases stand once per seed so that runs can be paired; "base" is part of the group "main".
+    """
+    names = [entry.name for entry in study.runs_of(group) if entry.stage != "reward"]
     rows = []
     for seed in seeds:
-        for run in ["base", *(entry.name for entry in study.runs_of("main"))]:
+        for run in ["base", *names] if group == "main" else names:
             metrics = read_json(run_folder(root, run, seed) / METRICS)
             rows.append({"run": run, "seed": seed, **metrics["evaluation"][split]})
     return pd.DataFrame(rows)
 
 
-def read_trajectories(root: Path, study: Study, seeds: list[int]) -> pd.DataFrame:
-    """Trajectories of all runs on dev, one row per (run, seed, step)."""
+def read_trajectories(root: Path, study: Study, seeds: list[int], group: str = "main") -> pd.DataFrame:
+    """Trajectories on dev of all stages of one group of the plan, one row per (run, seed, step)."""
     tables = [
         pd.read_csv(run_folder(root, entry.name, seed) / TRAJECTORY).assign(run=entry.name, seed=seed)
         for seed in seeds
-        for entry in study.runs_of("main")
+        for entry in study.runs_of(group)
+        if entry.stage != "base"
     ]
     return pd.concat(tables, ignore_index=True)

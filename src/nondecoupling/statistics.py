@@ -1,10 +1,12 @@
 """Intervals and tests: over the seeds of a study, and over the sentences of one run."""
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 CONFIDENCE = 0.95
 
@@ -74,6 +76,39 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> Significance:
         raise ValueError("correct_a and correct_b must hold only 0 (wrong) and 1 (right).")
     only_a, only_b = int((a > b).sum()), int((b > a).sum())
     return Significance("exact McNemar", float(only_b - only_a), _fair_coin_p(only_a, only_b))
+
+
+def holm(p_values: list[float | None]) -> list[float | None]:
+    """Holm's correction for testing all of ``p_values`` at once; None (no test was possible) stays None."""
+    tested = [p for p in p_values if p is not None]
+    corrected = iter(multipletests(tested, method="holm")[1].tolist() if tested else [])
+    return [None if p is None else next(corrected) for p in p_values]
+
+
+def mcc_interval(labels: ArrayLike, before: ArrayLike, after: ArrayLike, seed: int, resamples: int = 999) -> Interval:
+    """Difference of the Matthews correlations of ``after`` and ``before`` with the labels, by paired bootstrap.
+
+    All three are 0/1 arrays of shape (n,) over the same sentences; the interval is the 95 % percentile interval. An
+    answer that never varies has correlation 0. Raises ValueError if the shapes differ or a sample is empty.
+    """
+    truth, a, b = (_sample(values) for values in (labels, before, after))
+    if not len(truth) == len(a) == len(b):
+        raise ValueError(f"{len(truth)} labels, {len(a)} and {len(b)} answers: they must be of the same sentences.")
+
+    def difference(truth, a, b, axis=-1):
+        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # constant answers: their correlation is defined as 0
+            # of 0/1 variables, Pearson's correlation is Matthews'
+            before, after = (np.nan_to_num(stats.pearsonr(truth, x, axis=axis).statistic) for x in (a, b))
+        return after - before
+
+    rng = np.random.default_rng(seed)
+    result = stats.bootstrap(
+        (truth, a, b), difference, n_resamples=resamples, paired=True, vectorized=True, batch=100, method="percentile",
+        confidence_level=CONFIDENCE, rng=rng,
+    )  # fmt: skip
+    low, high = result.confidence_interval
+    return Interval(float(difference(truth, a, b)), float(low), float(high), len(truth))
 
 
 def bootstrap_interval(differences: ArrayLike, seed: int, resamples: int = 9999) -> Interval:

@@ -363,6 +363,36 @@ def grpo_log_odds(
     return find_root(beyond_rest, (ends.min(0) - 1, ends.max(0) + 1), args=(start, gain)).x
 
 
+# Both goals at once: SFT loss and RL objective, weighed against each other
+
+
+def joint_gradient(
+    log_odds: ArrayLike, start: ArrayLike, q: ArrayLike, beta: ArrayLike, weight: ArrayLike
+) -> FloatArray:
+    """Gradient of (1 - weight) (E[r] - beta KL(p || p0)) - weight L with respect to the log-odds of p (ours).
+
+    L is the SFT loss on labels that are the first answer with probability q. The arguments broadcast. Raises ValueError
+    as ``objective_gradient`` does and unless 0 <= weight <= 1.
+    """
+    weight = _probability("weight", weight)
+    imitation = _probability("q", q) - expit(np.asarray(log_odds, dtype=np.float64))
+    return (1 - weight) * objective_gradient(log_odds, start, q, beta) + weight * imitation
+
+
+def joint_log_odds(start: ArrayLike, q: ArrayLike, beta: ArrayLike, weight: ArrayLike) -> FloatArray:
+    """Log-odds at which ``joint_gradient`` is zero: between calibrated (weight 1) and ideal RL (weight 0) (ours).
+
+    Raises ValueError as ``joint_gradient`` does, and unless 0 < q < 1, where the calibrated log-odds are finite.
+    """
+    q = _probability("q", q)
+    if not np.all((q > 0) & (q < 1)):
+        raise ValueError("q must lie between 0 and 1, both excluded: a certain label has no finite log-odds.")
+    start, q, beta, weight = np.broadcast_arrays(np.asarray(start, dtype=np.float64), q, _positive(beta), weight)
+    ideal = start + 2 * (2 * q - 1) / beta
+    ends = np.minimum(ideal, logit(q)) - 1, np.maximum(ideal, logit(q)) + 1
+    return find_root(joint_gradient, ends, args=(start, q, beta, np.asarray(weight, dtype=np.float64))).x
+
+
 # Checks and small helpers
 
 

@@ -1,15 +1,4 @@
-"""The two stages, through trl: supervised fine-tuning (SFT) and reinforcement learning (GRPO).
-
-How this RL differs from trl's defaults, and why:
-
-* The gradient is that of E[r] - beta KL(p | p_start), the objective of the theory: loss "dr_grpo", advantages not
-  divided by the group's deviation (``rl.normalisation: none``; ``group`` restores trl's defaults).
-* A group's mean reward contains the answer it is subtracted from, which shrinks the policy gradient by (G - 1) / G
-  for G answers per prompt. beta is scaled by the same factor, so that the fixed point is the closed form's.
-* The KL reference is the policy that the stage starts from; the KL of the first step is checked to be 0.
-* Every step samples fresh answers from the current policy (one gradient step per generation, no stale samples).
-* Prompts are read once for all their answers, and equal (prompt, answer) pairs are scored once: the same numbers, less
-  work. Where a step has more distinct pairs than ``rl.rows_per_pass``, they are differentiated in several passes.
+"""What all stages share, and those that learn from given answers: supervised fine-tuning (SFT) and the reward model.
 
 A stage writes a checkpoint whenever it measures the policy, and an interrupted one goes on from there.
 """
@@ -29,25 +18,25 @@ import pandas as pd
 import torch
 import trl.trainer.utils
 from datasets import Dataset
+from scipy.special import log_expit, softmax
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from nondecoupling import corpus as corpora
 from nondecoupling import hub, models, runs
-from nondecoupling.evaluation import Prefix, batches, predict, summarise
-from nondecoupling.profile import Evaluation, Profile, Rl, Sft, Study
+from nondecoupling.evaluation import label_log_probabilities, predict, summarise
+from nondecoupling.profile import Evaluation, Joint, Profile, Reward, Rl, Sft, Study
 from nondecoupling.prompts import (
-    TEMPLATE_OPTIONS,
-    answer_texts,
-    chat_ids,
     check_prefix,
-    parse_robust,
-    parse_strict,
+    other_wordings,
     prompt_ids,
-    prompt_messages,
     response_ids,
     responses,
-    reward,
 )
 
 # trl projects every position onto the vocabulary where there is no GPU, prompts included, so that compiled shapes stay
@@ -72,6 +61,8 @@ class Stage(NamedTuple):
     policy: Any
     references: dict[str, Path]
     started: datetime
+    proxy: Any = None  # the reward model that pays, where rl.reward is "proxy"
+    proxy_scores: dict[str, np.ndarray] | None = None  # its `label_scores` by split, kept once they are known
 
 
 class Outcome(NamedTuple):
@@ -98,14 +89,14 @@ def load_checked_corpus(study: Study, root: Path) -> pd.DataFrame:
     return corpora.load_corpus(folder)
 
 
-def base_folder(study: Study, root: Path) -> Path:
-    """Where the base model's files are; downloads them where the profile names a hub id that is not in the cache."""
+def base_folder(study: Study, root: Path, run: str = "base") -> Path:
+    """Where a base model's files are; downloads them where the profile names a hub id that is not in the cache."""
     model = study.profile.model
     if model.folder:
         return Path(model.folder)
     if model.hub:
         return hub.fetch_model(model.hub, str(model.revision))
-    return root / "base" / runs.POLICY
+    return root / run / runs.POLICY
 
 
 def describe_model(study: Study, base: Path) -> dict[str, Any]:
@@ -124,7 +115,7 @@ def describe_model(study: Study, base: Path) -> dict[str, Any]:
 
 
 def prepare_stage(study: Study, run: str, seed: int, expected: str) -> Stage:
-    """Load corpus, tokenizer and the parent's policy for one run of the plan.
+    """Load corpus, tokenizer and the parent's policy for one run of the plan (for stage "reward" a new reward model).
 
     Raises ValueError if the run is not of the ``expected`` stage, FileNotFoundError if its parent has not been run.
     """
@@ -132,15 +123,29 @@ def prepare_stage(study: Study, run: str, seed: int, expected: str) -> Stage:
     plan, settings, root = study.run(run), study.for_run(run), runs.study_folder(study)
     if plan.stage != expected:
         raise ValueError(f"Run '{run}' is a stage '{plan.stage}', not '{expected}'; use the notebook of that stage.")
-    folders = {"parent": runs.run_folder(root, plan.parent, seed), "base": root / "base"}
-    for folder in folders.values():
+    base_run = study.base_of(run)
+    folders = {"parent": runs.run_folder(root, plan.parent, seed), "base": root / base_run}
+    proxy_folder = runs.run_folder(root, plan.proxy, seed) if plan.proxy else None
+    for folder in [*folders.values(), *([proxy_folder] if proxy_folder else [])]:
         runs.require_complete(folder, f"Run '{run}'")
-    corpus, base = load_checked_corpus(study, root), base_folder(study, root)
+    corpus, base = load_checked_corpus(study, root), base_folder(study, root, base_run)
+    if settings.data.labels == "truth":
+        corpus = corpora.with_true_labels(corpus)
     tokenizer = models.load_tokenizer(base)
     check_prefix(tokenizer, settings.prompt, corpus["sentence"].iloc[0])
-    parent_policy = None if plan.parent == "base" else folders["parent"] / runs.POLICY
-    policy = models.start_policy(base, parent_policy, settings.model, settings.adaptation, seed)
-    return Stage(study, run, plan.parent, seed, settings, root, base, corpus, tokenizer, policy, folders, started)
+    pad = tokenizer.pad_token_id
+    if expected == "reward":
+        policy = models.start_reward_model(base, None, settings.model, settings.adaptation, seed, pad)
+    else:
+        parent_policy = None if plan.parent == base_run else folders["parent"] / runs.POLICY
+        policy = models.start_policy(base, parent_policy, settings.model, settings.adaptation, seed)
+    proxy = None
+    if proxy_folder:
+        trained = proxy_folder / runs.POLICY
+        proxy = models.start_reward_model(base, trained, settings.model, settings.adaptation, seed, pad)
+    return Stage(
+        study, run, plan.parent, seed, settings, root, base, corpus, tokenizer, policy, folders, started, proxy, {}
+    )
 
 
 def evaluation_tables(corpus: pd.DataFrame, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
@@ -244,7 +249,7 @@ class StageCallback(TrainerCallback):
 
 
 class FiniteSteps:
-    """What both trainers add to trl's: they stop at the first number that is not finite, and say in which batch."""
+    """What all trainers add to trl's: they stop at the first number that is not finite, and say in which batch."""
 
     batch = ""  # the question that the current batch begins with
 
@@ -252,7 +257,8 @@ class FiniteSteps:
         if isinstance(inputs, list):  # GRPO's rows, before answers are sampled
             self.batch = inputs[0]["prompt"][-1]["content"]
         else:
-            self.batch = self.processing_class.decode(inputs["input_ids"][0][inputs["labels"][0] == -100])
+            ids = inputs["input_ids"][0]
+            self.batch = self.processing_class.decode(ids[inputs["labels"][0] == -100] if "labels" in inputs else ids)
         try:
             return super().training_step(model, inputs, *args, **kwargs)
         except FloatingPointError as error:
@@ -285,8 +291,8 @@ def memory_explained(*settings: str) -> Iterator[None]:
         ) from None
 
 
-def shared_arguments(stage: Stage, settings: Sft | Rl) -> dict[str, Any]:
-    """Trainer arguments that both stages share; those that differ from the defaults say why."""
+def shared_arguments(stage: Stage, settings: Sft | Rl | Joint | Reward) -> dict[str, Any]:
+    """Trainer arguments that all stages share; those that differ from the defaults say why."""
     return {
         "output_dir": str(runs.checkpoints_folder(stage.root, stage.run, stage.seed)),
         "save_strategy": "no",  # StageCallback asks for checkpoints
@@ -313,20 +319,45 @@ def stage_seed(stage: Stage) -> int:
     return zlib.crc32(f"{stage.run} {stage.seed}".encode())
 
 
-def training_rows(stage: Stage, count: int) -> pd.DataFrame:
-    """``count`` training sentences in an order drawn by the stage's seed (all of them where there are fewer)."""
+def training_rows(stage: Stage, count: int, draw: int = 0) -> pd.DataFrame:
+    """``count`` training sentences in an order drawn by the stage's seed (all of them where there are fewer).
+
+    A stage that needs sentences for two purposes numbers its draws.
+    """
     train = stage.corpus[stage.corpus["split"] == "train"]
-    return train.sample(min(count, len(train)), random_state=stage_seed(stage)).reset_index(drop=True)
+    return train.sample(min(count, len(train)), random_state=stage_seed(stage) + draw).reset_index(drop=True)
+
+
+def demonstrations(stage: Stage, table: pd.DataFrame, other_wording_share: float = 0.0) -> list[tuple[list, list]]:
+    """Token ids of the question about each sentence of ``table`` and of its right answer.
+
+    The first ``other_wording_share`` of the answers are in the prompt's other wording; ``table`` is in random order,
+    and trainers shuffle. Raises ValueError if such an answer is longer than a sampled one may be.
+    """
+    prompt, tokenizer = stage.settings.prompt, stage.tokenizer
+    usual, other = (
+        [response_ids(tokenizer, text) for text in texts] for texts in (responses(prompt), other_wordings(prompt))
+    )
+    reworded, longest = round(other_wording_share * len(table)), max(map(len, other))
+    if reworded and longest > prompt.max_new_tokens:
+        raise ValueError(
+            f"An answer in prompt.other_wording has {longest} tokens, more than prompt.max_new_tokens="
+            f"{prompt.max_new_tokens}; shorten the wording or raise the limit."
+        )
+    questions = prompt_ids(tokenizer, prompt, table["sentence"])
+    return [
+        (question, (other if place < reworded else usual)[label])
+        for place, (question, label) in enumerate(zip(questions, table["label"], strict=True))
+    ]
 
 
 def train_sft(stage: Stage) -> Outcome:
     """Supervised fine-tuning with trl's SFTTrainer; the loss covers the response and its end token only."""
-    sft, prompt, tokenizer = stage.settings.sft, stage.settings.prompt, stage.tokenizer
-    answers = [response_ids(tokenizer, text) for text in responses(prompt)]
+    sft = stage.settings.sft
     table = training_rows(stage, sft.steps * sft.batch_size)
     rows = [
-        {"input_ids": question + answers[label], "labels": [-100] * len(question) + answers[label]}
-        for question, label in zip(prompt_ids(tokenizer, prompt, table["sentence"]), table["label"], strict=True)
+        {"input_ids": question + answer, "labels": [-100] * len(question) + answer}
+        for question, answer in demonstrations(stage, table, sft.other_wording_share)
     ]
     rows_per_pass = min(sft.rows_per_pass, sft.batch_size)
     config = SFTConfig(
@@ -343,7 +374,7 @@ def train_sft(stage: Stage) -> Outcome:
             stage.policy,
             config,
             train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
+            processing_class=stage.tokenizer,
             callbacks=[callback],
         )
 
@@ -354,123 +385,121 @@ class DemonstrationTrainer(FiniteSteps, SFTTrainer):
     """SFTTrainer that stops on numbers that are not finite."""
 
 
-class DistinctGRPOTrainer(FiniteSteps, GRPOTrainer):
-    """GRPOTrainer that runs the model once per distinct (prompt, answer): most answers of a group are equal.
+class PreferenceTrainer(FiniteSteps, RewardTrainer):
+    """RewardTrainer that stops on numbers that are not finite."""
 
-    At most ``rows_per_pass`` of them are differentiated at a time, which bounds memory whatever is sampled.
+
+def train_reward(stage: Stage) -> Outcome:
+    """A reward model by trl's RewardTrainer: -log sigmoid(score of the right answer - score of the wrong one).
+
+    Its optimum is the log-odds of the label (Bradley and Terry): where annotators disagree it says by how much.
     """
-
-    def __init__(self, *args: Any, rows_per_pass: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.rows_per_pass = rows_per_pass
-
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
-    ):
-        both = torch.stack([input_ids, attention_mask], -1)
-        distinct, origin = torch.unique(both, dim=0, return_inverse=True)
-        logps, entropies, auxiliary = super()._get_per_token_logps_and_entropies(
-            model, distinct[..., 0], distinct[..., 1], logits_to_keep, batch_size=self.rows_per_pass, **kwargs
-        )
-        return logps[origin], None if entropies is None else entropies[origin], auxiliary
-
-    def passes(self, inputs: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
-        """``inputs`` in parts of at most ``rows_per_pass`` distinct rows, each with its loss's weight in the whole."""
-        rows = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        _, origin = torch.unique(rows, dim=0, return_inverse=True)
-        if int(origin.max()) < self.rows_per_pass:
-            return [(inputs, 1.0)]
-        parts = []
-        for number in range(int(origin.max()) // self.rows_per_pass + 1):
-            chosen = origin // self.rows_per_pass == number
-            part = {k: v[chosen] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in inputs.items()}
-            # dr_grpo divides by the rows it is given, dapo by num_items_in_batch, which stays that of the whole
-            parts.append((part, float(chosen.float().mean()) if self.loss_type == "dr_grpo" else 1.0))
-        return parts
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        *before, last = self.passes(inputs)
-        done = 0.0
-        for part, weight in before:
-            loss = weight * super().compute_loss(model, part, *args, **kwargs)
-            self.accelerator.backward(loss)  # frees this pass's memory; the gradients add up
-            done = done + loss.detach()
-        return done + last[1] * super().compute_loss(model, last[0], *args, **kwargs)
-
-
-def train_rl(stage: Stage) -> Outcome:
-    """Reinforcement learning with trl's GRPOTrainer; see the module's text for what differs from its defaults."""
-    rl, prompt, tokenizer = stage.settings.rl, stage.settings.prompt, stage.tokenizer
-    parse = parse_strict if rl.reward == "strict" else parse_robust
-    group = rl.answers_per_prompt
-
-    def label_reward(completion_ids: list[list[int]], label: list[int], **_: Any) -> list[float]:
-        answers = answer_texts(tokenizer, completion_ids)
-        return [reward(gold, parse(prompt, answer)) for gold, answer in zip(label, answers, strict=True)]
-
-    @torch.no_grad()
-    def sample_groups(chats: list, trainer: GRPOTrainer) -> dict[str, Any]:
-        questions = chat_ids(tokenizer, chats[::group])
-        answers = []
-        for part in batches(questions, rl.rows_per_pass):
-            prefix = Prefix(stage.policy, part, tokenizer.pad_token_id, copies=group)
-            answers += prefix.answers(tokenizer.eos_token_id, prompt.max_new_tokens)
-        return {"prompt_ids": [q for q in questions for _ in range(group)], "completion_ids": answers, "logprobs": None}
-
-    exact = rl.normalisation == "none"
-    config = GRPOConfig(
-        **shared_arguments(stage, rl),
-        per_device_train_batch_size=rl.prompts_per_step * group,
-        num_generations=group,
-        steps_per_generation=1,
-        max_completion_length=prompt.max_new_tokens,
-        temperature=1.0,
-        loss_type="dr_grpo" if exact else "dapo",
-        scale_rewards="none" if exact else "group",
-        beta=rl.beta * (group - 1) / group if exact else rl.beta,
-        use_bias_correction_kl=True,  # else the KL term has the gradient of KL(reference | policy)
-        chat_template_kwargs=TEMPLATE_OPTIONS,
+    settings, prompt, tokenizer = stage.settings.reward, stage.settings.prompt, stage.tokenizer
+    answers = [response_ids(tokenizer, text) for text in responses(prompt)]
+    table = training_rows(stage, settings.steps * settings.pairs_per_step)
+    pairs = [
+        {"chosen_ids": question + answers[label], "rejected_ids": question + answers[1 - label]}
+        for question, label in zip(prompt_ids(tokenizer, prompt, table["sentence"]), table["label"], strict=True)
+    ]
+    config = RewardConfig(
+        **shared_arguments(stage, settings),
+        per_device_train_batch_size=settings.pairs_per_step,
+        max_length=None,
+        disable_dropout=True,
     )
-    table = training_rows(stage, rl.steps * rl.prompts_per_step)
-    chats = [prompt_messages(prompt, sentence) for sentence in table["sentence"]]
-    dataset = Dataset.from_dict({"prompt": chats, "label": table["label"].tolist()})
     set_seed(stage_seed(stage))
 
     def build(callback):
-        return DistinctGRPOTrainer(
+        return PreferenceTrainer(
             stage.policy,
-            label_reward,
             config,
-            train_dataset=dataset,
+            train_dataset=Dataset.from_list(pairs),
             processing_class=tokenizer,
             callbacks=[callback],
-            rollout_func=sample_groups,
-            rows_per_pass=rl.rows_per_pass,
         )
 
-    return run_trainer(stage, build, rl.steps, rl.steps * rl.prompts_per_step * group)
+    return run_trainer(stage, build, settings.steps, settings.steps * settings.pairs_per_step)
 
 
-def check_rewarded(rl: Rl, start: dict[str, float]) -> None:
-    """Raise RuntimeError where the policy that RL starts from, with metrics ``start``, earns too rarely to learn."""
-    earned = start["reward_sampled_strict" if rl.reward == "strict" else "reward_sampled"]
-    share = (1 + earned) / 2
-    print(f"before the first step {share:.1%} of the sampled answers earn +1 (rl.reward={rl.reward})")
-    if share < rl.least_rewarded:
-        raise RuntimeError(
-            f"RL cannot start: {share:.1%} of the sampled answers earn +1 under rl.reward={rl.reward}, fewer than "
-            f"rl.least_rewarded={rl.least_rewarded:.1%}, so nearly all answers of a group earn -1 and nothing can be "
-            f"learnt; change prompt.template, set rl.reward=robust, or rl.least_rewarded=0 to run it all the same."
+def label_scores(reward_model: Any, stage: Stage, table: pd.DataFrame) -> np.ndarray:
+    """(sentences, 2) scores that a reward model gives the two answers to each sentence, indexed by label."""
+    answers = [response_ids(stage.tokenizer, text) for text in responses(stage.settings.prompt)]
+    questions = prompt_ids(stage.tokenizer, stage.settings.prompt, table["sentence"])
+    rows = [question + answer for question in questions for answer in answers]
+    return np.reshape(models.scores(reward_model, rows, stage.settings.evaluation.batch_size), (-1, 2))
+
+
+def scores_by_proxy(stage: Stage, split: str, table: pd.DataFrame) -> np.ndarray:
+    """`label_scores` of the stage's proxy, computed once: neither it nor the sentences change during a stage."""
+    known = stage.proxy_scores if stage.proxy_scores is not None else {}
+    key = f"{split} {len(table)}"
+    if key not in known:
+        known[key] = label_scores(stage.proxy, stage, table)
+    return known[key]
+
+
+def measure_reward_model(
+    stage: Stage, tables: dict[str, pd.DataFrame]
+) -> tuple[dict[str, dict[str, float]], dict[str, pd.DataFrame]]:
+    """How often and by how much the reward model prefers the right answer, and its scores, on each of ``tables``.
+
+    ``pair_loss`` is in nats. A model that only knows the majority label has ``accuracy`` = (1 + majority_reward) / 2.
+    """
+    metrics, predictions, training = {}, {}, stage.policy.training
+    stage.policy.eval()
+    for split, table in tables.items():
+        scored = label_scores(stage.policy, stage, table)
+        labels = table["label"].to_numpy()
+        margin = (2 * labels - 1) * (scored[:, 1] - scored[:, 0])
+        metrics[split] = {
+            "n": len(table),
+            "majority_reward": corpora.majority_reward(table["label"]),
+            "accuracy": float((margin > 0).mean()),
+            "margin": float(margin.mean()),
+            "pair_loss": float(-log_expit(margin).mean()),
+        }
+        predictions[split] = table[["sentence", "label", "source"]].assign(
+            score_acceptable=scored[:, 1], score_unacceptable=scored[:, 0]
         )
+    stage.policy.train(training)
+    return metrics, predictions
 
 
-def run_trainer(stage: Stage, build: Callable[[TrainerCallback], Any], steps: int, samples: int) -> Outcome:
-    """Train with the trainer that ``build`` returns, from the last checkpoint if there is one, and measure dev."""
+def measure_stage(
+    stage: Stage, tables: dict[str, pd.DataFrame]
+) -> tuple[dict[str, dict[str, float]], dict[str, pd.DataFrame]]:
+    """Metrics and predictions of the stage's policy, or of its reward model, on each of ``tables``.
+
+    Where a proxy pays, ``reward_proxy`` is its mean score of the policy's answers, from the two labels' probabilities.
+    """
+    if stage.study.run(stage.run).stage == "reward":
+        return measure_reward_model(stage, tables)
+    metrics, predictions = measure(stage.policy, stage.tokenizer, stage.settings, tables, stage.references)
+    if stage.proxy is not None:
+        for split, table in tables.items():
+            likely = softmax(label_log_probabilities(predictions[split]), axis=1)
+            metrics[split]["reward_proxy"] = float((likely * scores_by_proxy(stage, split, table)).sum(1).mean())
+    return metrics, predictions
+
+
+def run_trainer(
+    stage: Stage,
+    build: Callable[[TrainerCallback], Any],
+    steps: int,
+    samples: int,
+    check_start: Callable[[dict[str, float]], None] = lambda start: None,
+    refers: bool = False,
+) -> Outcome:
+    """Train with the trainer that ``build`` returns, from the last checkpoint if there is one, and measure dev.
+
+    ``samples`` are the answers that the stage reads, for its speed. ``check_start`` judges the first metrics;
+    ``refers`` says that the first step has a KL to the policy that the stage starts from, which must then be 0.
+    """
     settings, kind = stage.settings, stage.study.run(stage.run).stage
     dev = corpora.fixed_subset(stage.corpus, "dev", settings.evaluation.along_size)
 
     def measure_policy() -> dict[str, float]:
-        metrics, _ = measure(stage.policy, stage.tokenizer, settings, {"dev": dev}, stage.references)
+        metrics, _ = measure_stage(stage, {"dev": dev})
         return metrics["dev"]
 
     # Only where arithmetic is exact do two passes over the same rows agree to the last digits.
@@ -478,8 +507,8 @@ def run_trainer(stage: Stage, build: Callable[[TrainerCallback], Any], steps: in
     callback = StageCallback(
         evaluation_steps(steps, settings.evaluation.points),
         measure_policy,
-        check_start=(lambda start: check_rewarded(settings.rl, start)) if kind == "rl" else lambda start: None,
-        reference_tolerance=None if kind == "sft" or settings.rl.beta == 0 else 1e-5 if exact else 1e-2,
+        check_start,
+        reference_tolerance=None if not refers else 1e-5 if exact else 1e-2,
     )
     checkpoints = runs.checkpoints_folder(stage.root, stage.run, stage.seed)
     checkpoint = runs.last_checkpoint(checkpoints, stage_identity(stage))
@@ -492,7 +521,8 @@ def run_trainer(stage: Stage, build: Callable[[TrainerCallback], Any], steps: in
     if checkpoint:
         callback.resume(checkpoint)
         print(f"going on from {checkpoint.name.replace('-', ' ')} of {steps}")
-    with memory_explained(f"{kind}.rows_per_pass", "evaluation.batch_size"):
+    lower = {"rl": "rl.rows_per_pass", "joint": "rl.rows_per_pass", "reward": "reward.pairs_per_step"}
+    with memory_explained(lower.get(kind, "sft.rows_per_pass"), "evaluation.batch_size"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, (trained, total) = callback.seconds(), models.count_parameters(stage.policy)
     training = {
@@ -536,7 +566,7 @@ def write_stage(stage: Stage, outcome: Outcome) -> Path:
     partial = runs.open_run(stage.root, stage.run, stage.seed)
     tables = evaluation_tables(stage.corpus, stage.settings.evaluation)
     with memory_explained("evaluation.batch_size"):
-        metrics, predictions = measure(stage.policy, stage.tokenizer, stage.settings, tables, stage.references)
+        metrics, predictions = measure_stage(stage, tables)
     for split, table in predictions.items():
         table.to_parquet(partial / runs.predictions_file(split))
     outcome.trajectory.to_csv(partial / runs.TRAJECTORY, index=False)
