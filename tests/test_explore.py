@@ -117,3 +117,12 @@ def test_sentence_is_judged_by_the_policies_that_are_there(tiny_sft):
 def test_without_policies_it_says_how_to_make_them():
     with pytest.raises(FileNotFoundError, match="make reproduce makes them"):
         explore.load_policies(REFERENCE, 0)
+
+
+def test_policies_of_another_version_are_refused_in_one_sentence(tmp_path):
+    for run in ("base", "sft"):
+        finish(tmp_path, run)
+        (runs.run_folder(tmp_path, run, 0) / runs.POLICY).mkdir()
+    runs.write_json(tmp_path / "base" / runs.METRICS, {"provenance": {"parameters": {"name": "nano"}}})
+    with pytest.raises(ValueError, match="another version of this artifact, make reproduce renews it"):
+        explore.load_policies(tmp_path, 0)

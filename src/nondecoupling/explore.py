@@ -208,7 +208,7 @@ def rises_after_sft(measured: pd.DataFrame) -> pd.DataFrame:
 def load_policies(folder: Path, seed: int) -> tuple[Study, "PreTrainedTokenizerBase", dict[str, Any]]:
     """The study in ``folder`` as its base was made, its tokenizer, and the policies of `STATES` that are there.
 
-    Raises FileNotFoundError that says what to run where there is none.
+    Raises FileNotFoundError that says what to run where there is none, ValueError where another version made them.
     """
     states = [run for run in STATES if (runs.run_folder(folder, run, seed) / runs.POLICY).exists() or run == "base"]
     if len(states) < 2 or not runs.is_complete(folder / "base"):
@@ -223,7 +223,8 @@ def load_policies(folder: Path, seed: int) -> tuple[Study, "PreTrainedTokenizerB
 
     logging.disable_progress_bar()  # five bars of a second each
     parameters = runs.read_json(folder / "base" / runs.METRICS)["provenance"]["parameters"]
-    study = Study(name=folder.name, profile=validated(parameters, where=f"{folder.name}, made by another version"))
+    where = f"'{folder.name}' was made by another version of this artifact, make reproduce renews it"
+    study = Study(name=folder.name, profile=validated(parameters, where))
     base, how, adaptation = base_folder(study, folder), study.profile.model, study.profile.adaptation
     places = {run: None if run == "base" else runs.run_folder(folder, run, seed) / runs.POLICY for run in states}
     policies = {run: models.start_policy(base, place, how, adaptation, seed).eval() for run, place in places.items()}
