@@ -69,8 +69,8 @@ def test_measured_rises_are_those_of_the_claims():
 
 def test_changed_answers_are_counted_by_source(tmp_path):
     for run, p in (("one", [0.9, 0.9, 0.2, 0.6]), ("two", [0.8, 0.3, 0.7, 0.4])):
+        finish(tmp_path, run)
         folder = runs.run_folder(tmp_path, run, 0)
-        folder.mkdir(parents=True)
         pd.DataFrame(
             {"sentence": list("abcd"), "source": ["x", "x", "y", "x"], "label": [1, 1, 1, 0]}
             | {"logp_acceptable": np.log(p), "logp_unacceptable": np.log1p(-np.array(p))}
@@ -84,7 +84,9 @@ def test_changed_answers_are_counted_by_source(tmp_path):
     assert counts.loc["y"].tolist() == [1, 0]
 
 
-def test_live_output_is_drawn_again_in_its_place_when_a_control_moves(monkeypatch):
+@pytest.fixture
+def shown(monkeypatch):
+    """What has been displayed, in the order of time."""
     shown = []
 
     class Handle:
@@ -96,10 +98,19 @@ def test_live_output_is_drawn_again_in_its_place_when_a_control_moves(monkeypatc
         return Handle()
 
     monkeypatch.setattr(explore, "display", display)
+    return shown
+
+
+def test_live_output_is_drawn_again_in_its_place_when_a_control_moves(shown):
     slider = IntSlider(1)
     explore.show_live(lambda number: 10 * number, number=slider)
     slider.value = 7
     assert shown == [10, 70]
+
+
+def test_where_nothing_can_be_shown_the_reason_is(shown, tmp_path):
+    explore.show_live(lambda seed: explore.changed_answers(tmp_path, "rl", "rl-sft", seed), seed=IntSlider(1))
+    assert "Comparing answers needs the finished run" in shown[0].data
 
 
 def test_sentence_is_judged_by_the_policies_that_are_there(tiny_sft):

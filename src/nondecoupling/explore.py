@@ -5,13 +5,14 @@ Nothing is written and nothing is trained here.
 
 from collections.abc import Callable
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import display
+from IPython.display import HTML, display
 from ipywidgets import HBox, Layout, ValueWidget, Widget
 from matplotlib.figure import Figure
 from scipy.special import expit
@@ -71,9 +72,9 @@ def runs_of(folder: Path, seed: int) -> list[str]:
     return base + known + [name for name in names if name not in known]
 
 
-def runs_in(folder: Path) -> list[str]:
-    """The finished policies of all seeds of a study, in the order of `runs_of`."""
-    return list(dict.fromkeys(run for seed in seeds_in(folder) for run in runs_of(folder, seed)))
+def runs_in(*folders: Path) -> list[str]:
+    """The finished policies of all seeds of some studies, in the order of `runs_of`."""
+    return list(dict.fromkeys(run for folder in folders for seed in seeds_in(folder) for run in runs_of(folder, seed)))
 
 
 # Controls
@@ -90,11 +91,15 @@ def show_controls(words: str, *controls: Widget) -> None:
 def show_live(draw: Callable[..., Any], **controls: ValueWidget) -> None:
     """Display what ``draw`` returns for the controls' values, and again in the same place whenever one of them changes.
 
-    The picture is an ordinary output, so a reader without a kernel sees it, too.
+    The picture is an ordinary output, so a reader without a kernel sees it, too. Where nothing can be shown, the error's
+    sentence stands in its place.
     """
 
     def drawn() -> Any:
-        content = draw(**{name: control.value for name, control in controls.items()})
+        try:
+            content = draw(**{name: control.value for name, control in controls.items()})
+        except (FileNotFoundError, ValueError) as error:
+            return HTML(f"<em>{escape(str(error))}</em>")
         if isinstance(content, Figure):
             plt.close(content)  # or it would be displayed a second time at the end of the cell
         return content
@@ -267,7 +272,8 @@ def changed_answers(folder: Path, before: str, after: str, seed: int) -> pd.Data
     Columns ``sentence, source, label, p_before, p_after`` (p(acceptable) among the two answers) and ``now``, "right" or
     "wrong" by the label as given.
     """
-    one, two = (runs.read_predictions(runs.run_folder(folder, run, seed)) for run in (before, after))
+    found = (runs.require_complete(runs.run_folder(folder, run, seed), "Comparing answers") for run in (before, after))
+    one, two = map(runs.read_predictions, found)
     p = [expit(table["logp_acceptable"] - table["logp_unacceptable"]) for table in (one, two)]
     table = one[["sentence", "source", "label"]].assign(p_before=p[0], p_after=p[1])
     changed = table[(table["p_before"] > 0.5) != (table["p_after"] > 0.5)]
