@@ -91,8 +91,8 @@ def show_controls(words: str, *controls: Widget) -> None:
 def show_live(draw: Callable[..., Any], **controls: ValueWidget) -> None:
     """Display what ``draw`` returns for the controls' values, and again in the same place whenever one of them changes.
 
-    The picture is an ordinary output, so a reader without a kernel sees it, too. Where nothing can be shown, the error's
-    sentence stands in its place.
+    The picture is an ordinary output, so a reader without a kernel sees it, too. Where nothing can be shown, the
+    error's sentence stands in its place.
     """
 
     def drawn() -> Any:
