@@ -44,6 +44,7 @@ def test_what_a_run_varies_is_said_in_words():
         "sft-rl-b0.25-128prompts": "128 prompts",
         "sft-all": "all weights",
         "sft-all-rl-b0.25": "all weights",
+        "sft-all-rl-b0.25-slow": "all weights, learning rate 0.0005",
     }
     divided = load_study("nano", overrides={"rl.normalisation": "group"})
     assert sweep.varied(divided, divided.run("sft-rl-b1-group")) == ""
@@ -139,6 +140,7 @@ def test_effects_are_differences_from_the_plain_run_of_the_same_beta_and_steps()
         ("0.25", 64, "32 answers"),
         ("0.25", 64, "128 prompts"),
         ("0.25", 64, "all weights"),
+        ("0.25", 64, "all weights, learning rate 0.0005"),
     }
     assert effects.loc[("0.25", 64, "32 answers"), "loss"] == "+0.150 [+0.150, +0.150]"
     assert effects.loc[("0.25", 64, "32 answers"), "log-odds reached"] == "+2.000 [+2.000, +2.000]"

@@ -262,10 +262,14 @@ def draw_sweep(entries: list[dict[str, Any]]) -> Figure:
     Runs that change more than beta and steps are open marks, a little to the right of their beta.
     """
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    colours = sns.color_palette("colorblind")
     plain = sorted((e for e in entries if not e["varied"] and not e["is_half"]), key=lambda e: e["beta"])
     kinds = list(dict.fromkeys(e["varied"] for e in entries if e["varied"]))
     for panel, name in zip(panels, ("change_of_loss", "change_of_reward"), strict=True):
-        for key, text, shade in (("perfect_learner", "a perfect learner", "0.6"), ("own_belief", "own belief", "C2")):
+        for key, text, shade in (
+            ("perfect_learner", "a perfect learner", "0.6"),
+            ("own_belief", "own belief", colours[2]),
+        ):
             known = [e for e in plain if e[name][key] is not None]
             panel.plot(
                 [e["beta"] for e in known], [e[name][key] for e in known], color=shade, label=f"predicted: {text}"
@@ -280,7 +284,7 @@ def draw_sweep(entries: list[dict[str, Any]]) -> Figure:
                 measured["mean"],
                 [[measured["mean"] - low], [high - measured["mean"]]],
                 fmt="os^Dv"[shift % 5],
-                color="C0" if shift == 0 else "C3",
+                color=colours[0] if shift == 0 else colours[3],
                 fillstyle="full" if shift == 0 else "none",
                 capsize=3,
                 label=f"measured{', ' * bool(entry['varied'])}{entry['varied']}",

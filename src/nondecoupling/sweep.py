@@ -52,6 +52,7 @@ def varied(study: Study, entry: Run) -> str:
             ours.rl.normalisation != theirs.rl.normalisation
         ),
         "all weights" if theirs.adaptation.method == "full" else "an adapter": ours.adaptation != theirs.adaptation,
+        f"learning rate {theirs.rl.learning_rate:g}": ours.rl.learning_rate != theirs.rl.learning_rate,
     }
     return ", ".join(text for text, differs in words.items() if differs)
 
