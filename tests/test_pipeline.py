@@ -97,8 +97,8 @@ def test_second_make_executes_nothing(results, study):
 @pytest.mark.parametrize(
     ("edited", "rerun"),
     [
-        ("src/nondecoupling/figures.py", {"claims"}),
-        ("src/nondecoupling/claims.py", {"claims"}),
+        ("src/nondecoupling/figures.py", {"theory", "claims"}),
+        ("src/nondecoupling/claims.py", {"theory", "claims"}),
         ("notebooks/04_rl.ipynb", {"sft-rl", "rl", "rl-sft", "theory", "claims"}),
     ],
 )
