@@ -35,6 +35,7 @@ help: ## print the targets
 	@echo
 	@echo '  options: PROFILE=nano|laptop|paper  SEEDS=0-4  JOBS=2  DATA=folder of CoLA TSV files  MODEL=folder of a causal LM'
 	@echo '           SET="rl.beta=0.25 sft.steps=100" (every setting of src/nondecoupling/profiles/)'
+	@echo '           SCHEDULER=local|tcp://host:8786 (Dask executes the study; default: make itself)'
 
 setup: $(READY) ## create .venv from requirements.lock (all other targets do it by themselves)
 

@@ -291,7 +291,8 @@ def make_study(study: Study, args: argparse.Namespace, sweep: bool) -> None:
     command = ["make", "--no-print-directory", f"-j{args.jobs}", "-f", str(rules), goal]
     recipes = subprocess.run([*command, "--dry-run"], check=False, capture_output=True, text=True).stdout
     to_execute = recipes.count(" --run ")
-    print(f"study '{study.name}': {to_execute} of {len(plan)} notebooks to execute, {args.jobs} at a time", flush=True)
+    how = f"by {args.scheduler}" if "://" in args.scheduler else f"{args.jobs} at a time"
+    print(f"study '{study.name}': {to_execute} of {len(plan)} notebooks to execute, {how}", flush=True)
     environment = os.environ | {TO_EXECUTE: str(to_execute)}
     tasks = cluster.tasks_of(rules, recipes) if args.scheduler else []
     if tasks:
