@@ -184,9 +184,8 @@ def test_a_dask_cluster_makes_what_make_makes_though_a_worker_is_killed(study, t
 def test_sweep_is_reproduce_with_more_seeds(words, seeds):
     command = ["make", "sweep", *words, "--dry-run"]
     printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    assert (
-        f'nondecoupling.execute reproduce --profile "nano" --data "" --model "" --set \'\' --seeds "{seeds}"' in printed
-    )
+    assert "nondecoupling.execute reproduce " in printed
+    assert f'--seeds "{seeds}" ' in printed
 
 
 def test_help_is_the_default_and_names_every_target():

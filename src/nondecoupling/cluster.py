@@ -198,6 +198,7 @@ def report_end(task: Task, future: "Future") -> str:
         print(ended.printed, end="", flush=True)
         if ended.status:
             return ended.complaints.strip() or f"error: {task.target}: its command ended with status {ended.status}"
+        print(ended.complaints, end="", file=sys.stderr, flush=True)
         return ""
     if future.status == "error":
         from distributed import KilledWorker
