@@ -20,7 +20,7 @@ COMMANDS = [
     if line.strip()
 ]
 REFERENCES = REPOSITORY / "results" / "reference"
-OPTIONS = {"RANDOM_WEIGHTS", "PROFILE", "SEEDS", "DATA", "MODEL", "SET", "JOBS"}
+OPTIONS = {"RANDOM_WEIGHTS", "PROFILE", "SEEDS", "DATA", "MODEL", "SET", "JOBS", "SCHEDULER"}
 
 
 def test_readme_shows_the_main_commands():

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from nondecoupling import hub, runs
+from nondecoupling import cluster, hub, runs
 from nondecoupling.profile import Study, load_study, nearest, parse_overrides, parse_seeds
 
 NOTEBOOKS = runs.REPOSITORY / "notebooks"
@@ -298,7 +298,7 @@ def fetch_inputs(study: Study) -> None:
 
 
 def make_study(study: Study, args: argparse.Namespace, groups: list[str]) -> None:
-    """Let make execute what is missing of the study, then print its claims."""
+    """Let make, or Dask, execute what make finds missing of the study, then print its claims."""
     start, seeds_text, root = time.perf_counter(), args.seeds or study.profile.seeds, runs.study_folder(study)
     seeds = parse_seeds(seeds_text)
     # What is finished stays part of the study, so that make reproduce after make theory executes nothing.
@@ -309,15 +309,25 @@ def make_study(study: Study, args: argparse.Namespace, groups: list[str]) -> Non
     command = ["make", "--no-print-directory", f"-j{args.jobs}", "-f", str(rules), goal]
     recipes = subprocess.run([*command, "--dry-run"], check=False, capture_output=True, text=True).stdout
     to_execute = recipes.count(" --run ")
-    print(f"study '{study.name}': {to_execute} of {len(plan)} notebooks to execute, {args.jobs} at a time", flush=True)
-    made = subprocess.run(command, check=False, env=os.environ | {TO_EXECUTE: str(to_execute)})
-    if made.returncode:
+    how = f"by {args.scheduler}" if "://" in args.scheduler else f"{args.jobs} at a time"
+    print(f"study '{study.name}': {to_execute} of {len(plan)} notebooks to execute, {how}", flush=True)
+    environment = os.environ | {TO_EXECUTE: str(to_execute)}
+    tasks = cluster.tasks_of(rules, recipes) if args.scheduler else []
+    if tasks:
+        cluster.execute_tasks(args.scheduler, args.jobs, rules, tasks, shared_code(), environment)
+    elif subprocess.run(command, check=False, env=environment).returncode:
         raise RuntimeError(
             "the study is not complete; what is finished is kept, and make goes on from there next time."
         )
     if not args.target:
         print_claims(root)
     print(f"{time.perf_counter() - start:.0f} s")
+
+
+def shared_code() -> list[Path]:
+    """Files of this checkout that decide what a run does, on whatever machine."""
+    sources = [*SOURCES.glob("*.py"), *SOURCES.glob("profiles/*.yaml"), *NOTEBOOKS.glob("*.ipynb")]
+    return [runs.REPOSITORY / "requirements.lock", *sorted(sources)]
 
 
 def print_claims(root: Path) -> None:
@@ -472,6 +482,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", default="", help='overrides, e.g. "rl.beta=0.25 sft.steps=100"')
     parser.add_argument("--seeds", default="", help="0-4 or 0,3,7; default: the profile's")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--scheduler", default="", help="Dask instead of make: local, or a scheduler's address")
     parser.add_argument("--target", default="", help="one result file instead of the whole study")
     parser.add_argument("--run", default="")
     parser.add_argument("--seed", type=int, default=0)
