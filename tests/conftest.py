@@ -1,6 +1,7 @@
 """A study so small that its stages take a second: the same code as a real one, in a folder of its own."""
 
 import os
+import shutil
 
 # Before torch is imported: one thread, because thread counts change the order of additions; nothing from the network.
 os.environ |= {
@@ -261,3 +262,18 @@ def hand_made():
         ("dev", "b", 1, "", "Three sleep."),
     ]
     return pd.DataFrame(rows, columns=["split", *corpus.COLUMNS])
+
+
+def finished_reference(name: str, results: Path) -> Study:
+    """Put a copy of a committed reference into ``results``, judged by the current rules, and return its study."""
+    from nondecoupling import claims
+
+    root = results / name
+    shutil.copytree(runs.REPOSITORY / "results" / "reference" / name, root)
+    profile = load_study(runs.read_json(root / "base" / runs.METRICS)["profile"]).profile
+    study, content = Study(name=name, profile=profile), runs.read_json(root / "theory.json")
+    metrics = runs.read_metrics(root, study, sorted({record["seed"] for record in content["runs"]}))
+    predicted = claims.predictions_of_theory(study, root, metrics)
+    rows = claims.judge_claims(metrics, predicted, claims.predictions_from_policies(study, root, metrics))
+    runs.write_json(root / "claims.json", rows + claims.judge_theory(content, metrics))
+    return study

@@ -248,3 +248,47 @@ def test_glue_in_another_order_is_one_dev_set(glue, tmp_path):
 def test_glue_of_another_length_is_refused(glue, tmp_path):
     with pytest.raises(ValueError, match=r"cola/validation.*: 1042 rows, but CoLA's has 1043"):
         corpus.write_glue(glue | {"validation": glue["validation"].iloc[:-1]}, tmp_path)
+
+
+# Another task: two named columns
+
+
+def write_task(folder, split="train", text="sentence\tlabel\nIs it?\t1\nIt is.\t0\n"):
+    (folder / f"{split}.tsv").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("dev", ['sentence\tlabel\n"So"?\t1\nSo.\t0\n', 'label\tsentence\n1\t"So"?\n0\tSo.\n'])
+def test_two_named_columns_are_a_corpus(tmp_path, dev):
+    write_task(tmp_path)
+    write_task(tmp_path, "dev", dev)
+    table = corpus.load_corpus(tmp_path)
+    assert list(table) == ["split", *corpus.COLUMNS]
+    assert table["sentence"].tolist() == ["Is it?", "It is.", '"So"?', "So."]
+    assert table["label"].tolist() == [1, 0, 1, 0]
+    assert table["split"].tolist() == ["train", "train", "dev", "dev"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Is it?\t1\nIt is.\t0\n", ["line 1", "'sentence' and 'label'", "'Is it?'"]),
+        ("sentence,label\nIs it?,1\n", ["line 1", "separated by a tab"]),
+        ("sentence\tlabel\nIs it?\t1\nIt is.\tno\n", ["line 3", "'no'", "0 or 1"]),
+        ("sentence\tlabel\nIs\tit?\t1\n", ["line 2", "one tab"]),
+        ("sentence\tlabel\n\n", ["line 2", "one tab"]),
+        ("sentence\tlabel\n \t1\n", ["line 2", "no sentence"]),
+        ("", ["empty"]),
+    ],
+)
+def test_faults_of_a_task_are_named_with_file_and_line(tmp_path, text, words):
+    write_task(tmp_path)
+    write_task(tmp_path, "dev", text)
+    with pytest.raises(ValueError, match="dev.tsv") as caught:
+        corpus.load_corpus(tmp_path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_folder_without_files_says_which_it_may_hold(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"in_domain_train.tsv and in_domain_dev.tsv, or train.tsv and dev.tsv"):
+        corpus.load_corpus(tmp_path)

@@ -320,6 +320,9 @@ def test_bad_seeds_are_shown_with_an_example(text):
         ("prompt.acceptable=a=b", {"prompt.acceptable": "a=b"}),
         ("model.folder=null", {"model.folder": None}),
         ("rl.beta=1 rl.beta=2", {"rl.beta": 2}),
+        ('prompt.acceptable="it is" rl.beta=1', {"prompt.acceptable": "it is", "rl.beta": 1}),
+        (r'prompt.template="So?\n\n\"{sentence}\""', {"prompt.template": 'So?\n\n"{sentence}"'}),
+        ('evaluation.splits=["dev","train"]', {"evaluation.splits": ["dev", "train"]}),
     ],
 )
 def test_overrides(text, overrides):
@@ -328,7 +331,9 @@ def test_overrides(text, overrides):
     assert {key: type(value) for key, value in parsed.items()} == {key: type(v) for key, v in overrides.items()}
 
 
-@pytest.mark.parametrize("text", ["rl.beta", "rl.beta=", "sft.steps=3 rl.beta", "rl.beta = 0.25"])
+@pytest.mark.parametrize(
+    "text", ["rl.beta", "rl.beta=", "sft.steps=3 rl.beta", "rl.beta = 0.25", 'prompt.acceptable="so']
+)
 def test_bad_overrides_are_shown_with_an_example(text):
     with pytest.raises(ValueError, match="rl.beta=0.25"):
         parse_overrides(text)

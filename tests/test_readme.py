@@ -4,12 +4,14 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nondecoupling import claims, runs
 from nondecoupling.profile import Study, load_study, parse_overrides, parse_seeds
+from test_pipeline import TOY
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -55,6 +57,29 @@ def test_a_gpu_selects_the_papers_setting(tmp_path, gpu, profile, jobs):
         text=True,
     )
     assert re.search(rf'--profile "{profile}" .* --jobs {jobs}$', done.stdout, flags=re.MULTILINE)
+
+
+def test_worked_example_of_another_task_runs(tmp_path):
+    """The README's own code and command, at toy size and for one seed."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    shown = README.partition("```text\n")[2].partition("```")[0]
+    assert (tmp_path / "my-task" / "dev.tsv").read_text(encoding="utf-8").startswith(shown)
+    (command,) = (shlex.split(line) for line in COMMANDS if "DATA=my-task" in line)
+    changed = {"DATA=my-task": f"DATA={tmp_path / 'my-task'}", "SEEDS=0-1": "SEEDS=0"}
+    words = [changed.get(word, f"{word} {TOY}" if word.startswith("SET=") else word) for word in command]
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    environment = inherited | {"NONDECOUPLING_RESULTS": str(tmp_path / "results"), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*words, "JOBS=2"], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "results").iterdir()
+    metrics = runs.read_json(folder / "seed0" / "sft" / runs.METRICS)
+    assert metrics["provenance"]["parameters"]["prompt"]["template"] == "Is this a question?\n\n{sentence}"
+    assert metrics["evaluation"]["dev"]["n"] == 1000
+    assert set(runs.read_predictions(folder / "seed0" / "sft")["greedy"]) <= {"yes", "no"}
+    assert "my-task" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_linked_files_exist():

@@ -13,6 +13,9 @@ from nondecoupling.profile import Data
 # CoLA 1.1's file names; the third is optional.
 FILES = {"train": "in_domain_train.tsv", "dev": "in_domain_dev.tsv", "dev_out": "out_of_domain_dev.tsv"}
 COLUMNS = ["source", "label", "mark", "sentence"]
+# The files of another task of one's own, with a header that names these two columns.
+TASK_FILES = {"train": "train.tsv", "dev": "dev.tsv"}
+TASK_COLUMNS = ["sentence", "label"]
 # The public CoLA 1.1, as its authors distribute it.
 COLA_SHA256 = {
     "in_domain_train.tsv": "f320a10f92d3bce6b29152fde322a362eac39238e50d8de0c8815457fdf4fc12",
@@ -90,41 +93,74 @@ def write_tsv(table: pd.DataFrame, path: Path) -> None:
     table[COLUMNS].to_csv(path, sep="\t", header=False, index=False, quoting=csv.QUOTE_NONE)
 
 
+def read_rows(path: Path) -> list[list[str]]:
+    """The cells of a file of tab-separated values, without quoting; ValueError if it is empty or not UTF-8."""
+    try:
+        lines = io.StringIO(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from None
+    rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    if not rows:
+        raise ValueError(f"{path} is empty; it should hold one sentence per line.")
+    return rows
+
+
 def read_tsv(path: Path) -> pd.DataFrame:
     """Read one CoLA-shaped file as ``source, label (1 acceptable, 0 not), mark, sentence``.
 
     Raises ValueError with the file and line of the first row that is not of that shape.
     """
-    rows = []
-    try:
-        lines = io.StringIO(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from None
-    for number, row in enumerate(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), start=1):
+    rows = read_rows(path)
+    for number, row in enumerate(rows, start=1):
         if len(row) != 4 or row[1] not in ("0", "1") or not row[3].strip():
             raise ValueError(
                 f"{path}, line {number}: expected source, label 0 or 1, mark, sentence, separated by tabs, "
                 f"but found {row!r}."
             )
-        rows.append((row[0], int(row[1]), row[2], row[3]))
-    if not rows:
-        raise ValueError(f"{path} is empty; it should hold one sentence per line.")
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"label": int})
+
+
+def read_task(path: Path) -> pd.DataFrame:
+    """Read one file of a task of one's own, columns "sentence" and "label" (0 or 1), as `read_tsv` reads CoLA's.
+
+    Such a task names no sources and has no marks. Raises ValueError with the file, the line and what is wrong there.
+    """
+    header, *rows = read_rows(path)
+    if sorted(header) != sorted(TASK_COLUMNS):
+        raise ValueError(
+            f"{path}, line 1: expected the column names 'sentence' and 'label', separated by a tab, "
+            f"but found {header!r}."
+        )
+    for number, row in enumerate(rows, start=2):
+        if len(row) != 2:
+            raise ValueError(
+                f"{path}, line {number}: expected a sentence and a label with one tab between, found {row!r}."
+            )
+        cells = dict(zip(header, row, strict=True))
+        if cells["label"] not in ("0", "1"):
+            raise ValueError(f"{path}, line {number}: the label is {cells['label']!r}, but must be 0 or 1.")
+        if not cells["sentence"].strip():
+            raise ValueError(f"{path}, line {number}: there is no sentence.")
+    table = pd.DataFrame(rows, columns=header).astype({"label": int})
+    return table.assign(source="", mark="")[COLUMNS]
 
 
 def load_corpus(folder: Path) -> pd.DataFrame:
     """All splits in ``folder`` as one table ``split, source, label, mark, sentence``.
 
+    The folder holds CoLA-shaped files (`FILES`) or, if there is none of them, those of another task (`TASK_FILES`).
     Raises FileNotFoundError naming the missing file, ValueError if train and dev share no label variety.
     """
+    shaped_like_cola = any((folder / name).exists() for name in FILES.values())
     tables = []
-    for split, name in FILES.items():
+    for split, name in (FILES if shaped_like_cola else TASK_FILES).items():
         path = folder / name
         if path.exists():
-            tables.append(read_tsv(path).assign(split=split))
+            tables.append((read_tsv if shaped_like_cola else read_task)(path).assign(split=split))
         elif split != "dev_out":
             raise FileNotFoundError(
-                f"{path} is missing; a data folder holds CoLA's {FILES['train']} and {FILES['dev']}."
+                f"{path} is missing; a data folder holds CoLA's {FILES['train']} and {FILES['dev']}, or "
+                f"{TASK_FILES['train']} and {TASK_FILES['dev']} with the columns 'sentence' and 'label'."
             )
     corpus = pd.concat(tables, ignore_index=True)
     for split, labels in corpus.groupby("split")["label"]:

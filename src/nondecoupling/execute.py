@@ -36,6 +36,7 @@ NOTEBOOK_OF = {
     "claims": "07_claims",
 }
 MEMORY_ADVICE = "use JOBS=1, or lower sft.rows_per_pass, rl.rows_per_pass or evaluation.batch_size (SET=...)"
+REPORT_FILES = [SOURCES / "report.py", *sorted((SOURCES / "templates").iterdir())]
 RULES = "plan.mk"
 TO_EXECUTE = "NONDECOUPLING_TO_EXECUTE"  # environment variable by which a study tells its runs how many they are
 QUIET_KERNEL = ["--log-level=CRITICAL"]  # else every kernel prints a warning about TCP
@@ -145,7 +146,7 @@ def write_rules(study: Study, plan: list[tuple[str, int]], seeds_text: str, args
     lines = [
         f"study: {report}",
         "",
-        f"{report}: {claims}",
+        f"{report}: {claims} {' '.join(str(path) for path in REPORT_FILES)}",
         "\t@" + command.replace("{action}", "report") + " > /dev/null",
     ]
     for run, seed in plan:
@@ -251,31 +252,6 @@ def status_lines(study: Study, seeds: list[int]) -> list[str]:
     return lines
 
 
-def write_report(study: Study) -> Path:
-    """Write the executed notebook 7, without its code, as one HTML file that needs no network; returns its path."""
-    from nbconvert import HTMLExporter
-    from traitlets.config import Config
-
-    root = runs.study_folder(study)
-    source = root / "claims.ipynb"
-    if not source.exists():
-        raise FileNotFoundError(f"{source} is not there; finish the study first (make reproduce).")
-    # Formulas are written in plain text in that notebook, so neither MathJax nor RequireJS is needed.
-    offline = {
-        "exclude_input": True,
-        "exclude_output_prompt": True,
-        "embed_images": True,
-        "mathjax_url": "",
-        "require_js_url": "",
-    }
-    page, _ = HTMLExporter(config=Config({"HTMLExporter": offline})).from_filename(str(source))
-    page = page.replace("<title>claims</title>", f"<title>nondecoupling: {study.name}</title>")
-    temporary, report = root / "report.html.tmp", root / "report.html"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, report)
-    return report
-
-
 def command_reproduce(study: Study, args: argparse.Namespace) -> None:
     make_study(study, args, ["main"])
 
@@ -372,6 +348,8 @@ def command_list(study: Study, args: argparse.Namespace) -> None:
 
 
 def command_report(study: Study, args: argparse.Namespace) -> None:
+    from nondecoupling.report import write_report
+
     print(write_report(study))
 
 

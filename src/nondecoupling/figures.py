@@ -24,15 +24,16 @@ COLOURS = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)), strict=Tr
 
 
 def set_style() -> None:
-    """Readable text, light grid, vector text kept as text."""
-    sns.set_theme(style="whitegrid", context="notebook", rc={"svg.fonttype": "none", "figure.dpi": 100})
+    """Readable text, light grid, vector text kept as text (in PDF as TrueType, which journals want)."""
+    vector = {"svg.fonttype": "none", "svg.hashsalt": "nondecoupling", "pdf.fonttype": 42}
+    sns.set_theme(style="whitegrid", context="notebook", rc={**vector, "figure.dpi": 100})
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """Write ``figure`` to ``folder`` as PNG and as SVG."""
+    """Write ``figure`` to ``folder`` as PNG, SVG and PDF: the same numbers give the same files, so no times in them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for ending in ("png", "svg"):
-        figure.savefig(folder / f"{name}.{ending}", bbox_inches="tight", dpi=150)
+    for ending, undated in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
+        figure.savefig(folder / f"{name}.{ending}", bbox_inches="tight", dpi=150, metadata=undated)
 
 
 def label_levels(axes: Axes, levels: dict[str, float]) -> None:
@@ -78,9 +79,11 @@ def draw_pipeline(axes: Axes, trajectories: pd.DataFrame, first: str, second: st
     axes.axvline(border, color="0.6", linewidth=1)
     for run, x, side in ((first, border, "right"), (second, border, "left")):
         axes.annotate(
-            f"  {NAMES[run]}  ",
+            NAMES[run],
             (x, 1.02),
+            (8 if side == "left" else -8, 0),
             xycoords=("data", "axes fraction"),
+            textcoords="offset points",
             ha=side,
             color=COLOURS[run],
             weight="bold",
@@ -156,7 +159,7 @@ def draw_calibration(predictions: dict[str, pd.DataFrame], levels: list[float]) 
     share of sentences labelled acceptable against p(acceptable), in ten bins; the diagonal is calibration.
     ``predictions`` maps runs to the pooled predictions of all seeds.
     """
-    figure, axes = plt.subplots(2, len(predictions), figsize=(2.9 * len(predictions), 5.2), sharex=True, sharey="row")
+    figure, axes = plt.subplots(2, len(predictions), figsize=(2.1 * len(predictions), 4.6), sharex=True, sharey="row")
     bins = np.linspace(0, 1, 11)
     for (run, table), (above, below) in zip(predictions.items(), axes.T, strict=True):
         p = pd.Series(expit(table["logp_acceptable"] - table["logp_unacceptable"]).to_numpy())
@@ -172,10 +175,41 @@ def draw_calibration(predictions: dict[str, pd.DataFrame], levels: list[float]) 
         below.scatter(
             points["p"], points["share"], s=8 + 400 * points["n"] / len(p), color=COLOURS[run], alpha=0.8, clip_on=False
         )
-        below.set_xlabel("p(acceptable)")
+        below.set(xlabel="p(acceptable)", xticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"])
     axes[0, 0].set_ylabel("share of sentences")
     axes[1, 0].set_ylabel("labelled acceptable")
     figure.tight_layout()
+    return figure
+
+
+def draw_predictions(rows: list[dict[str, Any]]) -> Figure:
+    """Each claim's change as measured, with its 95 % interval over seeds, beside what was predicted.
+
+    ``rows`` are those of claims.json, of which the paper's claims (A, B) and O1 are drawn.
+    """
+    shown = [row for row in rows if row["id"][0] in "ABO"]
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.5 * len(shown)))
+    kinds = (
+        ("predicted", "predicted, perfect learner", "D"),
+        ("predicted_from_policies", "predicted from the measured policies", "^"),
+        ("estimate", "measured, 95 % interval", "o"),
+    )
+    colours = sns.color_palette("colorblind")[1:4]
+    for (key, label, marker), colour in zip(kinds, colours, strict=True):
+        points = [(row[key], place) for place, row in enumerate(shown) if row[key] is not None]
+        if points:
+            face = colour if key == "estimate" else "none"
+            x, y = zip(*points, strict=True)
+            axes.scatter(
+                x, y, s=80, marker=marker, facecolor=face, edgecolor=colour, linewidth=1.6, label=label, zorder=3
+            )
+    for place, row in enumerate(shown):
+        if row["ci95"]:
+            axes.plot(row["ci95"], [place, place], color=colours[2], linewidth=2.4)
+    axes.axvline(0, color="0.35", linewidth=1.2)
+    axes.set_yticks(range(len(shown)), [row["id"] for row in shown])
+    axes.set(ylim=(len(shown) - 0.5, -0.5), xlabel="change of SFT loss (A, nats) or of reward (B, O)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=10, frameon=False)
     return figure
 
 

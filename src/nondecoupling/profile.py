@@ -442,9 +442,12 @@ def first_fault(error: ValidationError, tree: Any) -> str:
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
-    """``"rl.beta=0.25 sft.steps=100"`` as a dictionary; values are JSON, or plain text where they are not."""
+    """``"rl.beta=0.25 sft.steps=100"`` as a dictionary; values are JSON, or plain text where they are not.
+
+    Values with spaces are JSON strings: ``prompt.acceptable="it is" rl.beta=1``.
+    """
     overrides: dict[str, Any] = {}
-    for item in text.split():
+    for item in re.findall(r'(?:"(?:[^"\\]|\\.)*"|[^\s"])+|"', text):
         key, equals, value = item.partition("=")
         if not equals or not value:
             raise ValueError(f"Cannot read override '{item}': write section.key=value, for example rl.beta=0.25.")

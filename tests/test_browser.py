@@ -1,0 +1,227 @@
+"""What a person with a browser sees: the report, and the notebook ``explore`` in JupyterLab.
+
+Screenshots are kept in ``screenshots/``, which git ignores, to be looked at.
+"""
+
+import base64
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from conftest import finished_reference
+from nondecoupling import report, runs
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMEDRIVER = shutil.which("chromedriver")
+SCREENSHOTS = runs.REPOSITORY / "screenshots"
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--window-size=1200,900",
+]
+
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and CHROMEDRIVER), reason="needs Chromium with its driver (apt-get install chromium chromium-driver)"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
+    yield driver
+    driver.quit()
+
+
+def look_like(browser: Any, width: int, scheme: str) -> None:
+    """Give the window a ``width`` in pixels and the user a preference for ``scheme``, light or dark."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    preference = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [preference]})
+
+
+def keep_screenshot(browser: Any, name: str) -> None:
+    """Save the whole page, however long, as ``name``.png."""
+    SCREENSHOTS.mkdir(exist_ok=True)
+    width, height = browser.execute_script(
+        "const page = document.documentElement; return [page.clientWidth, page.scrollHeight]"
+    )
+    area = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": area})
+    (SCREENSHOTS / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
+
+
+def requested(browser: Any) -> list[str]:
+    """Addresses of everything that the browser has asked for since it was last asked this."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+    """Wait for ``condition`` to return something true, and return that; elements may come and go meanwhile."""
+    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    wait = WebDriverWait(None, seconds, poll_frequency=0.05, ignored_exceptions=[StaleElementReferenceException])
+    return wait.until(lambda _: condition(), f"{what}: not within {seconds:g} s")
+
+
+# The report
+
+
+@pytest.fixture
+def report_file(tmp_path, monkeypatch):
+    """The report of the committed reference."""
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
+    return report.write_report(finished_reference("nano", tmp_path))
+
+
+def test_report_opens_without_network_or_complaint(browser, report_file):
+    browser.get(report_file.as_uri())
+    assert "nano" in browser.title
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    assert {address.partition(":")[0] for address in requested(browser)} <= {
+        "file",
+        "data",
+        "chrome",
+    }  # its own empty tab
+    images = browser.execute_script(
+        "return [...document.images].map(image => [image.naturalWidth, image.width, image.height, image.alt])"
+    )
+    assert len(images) >= 5
+    assert all(natural > 0 and width > 400 and height > 150 and alt for natural, width, height, alt in images)
+
+
+@pytest.mark.parametrize(("name", "width"), [("desktop", 1200), ("phone", 390)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_report_fits_window_and_scheme(browser, report_file, name, width, scheme):
+    look_like(browser, width, scheme)
+    browser.get(report_file.as_uri())
+    keep_screenshot(browser, f"report-{name}-{scheme}")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    colours = browser.execute_script(
+        "return [document.body, document.querySelector('.card')].map(e => getComputedStyle(e).backgroundColor)"
+    )
+    page, card = (sum(int(part) for part in colour[4:-1].split(",")) for colour in colours)
+    assert (page > 3 * 200) == (scheme == "light")
+    assert card == 3 * 255  # figures stay on white
+
+
+def test_report_prints_whole(browser, report_file):
+    browser.get(report_file.as_uri())
+    printed = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {})["data"])
+    SCREENSHOTS.mkdir(exist_ok=True)
+    (SCREENSHOTS / "report-print.pdf").write_bytes(printed)
+    assert printed.count(b"/Type /Page\n") in range(5, 15)
+
+
+# JupyterLab
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """Address of the notebook ``explore`` in a JupyterLab of its own, with no results but the committed ones."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "notebooks").mkdir()
+    notebook = json.loads((runs.REPOSITORY / "notebooks" / "explore.ipynb").read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["execution_count"] = None  # so that one sees which cells were run here
+    (tmp_path / "notebooks" / "explore.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    settings = {
+        "notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page, seen or not
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    }
+    for name, content in settings.items():
+        path = tmp_path / "config" / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    token = secrets.token_hex(16)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
+    folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "NONDECOUPLING_RESULTS": "results"}
+    environment |= {name: str(tmp_path / folder) for name, folder in folders.items()} | {"MPLBACKEND": ""}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--port-retries=0"]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={tmp_path / 'notebooks'}"]
+    with (tmp_path / "lab.log").open("wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def answers() -> bool:
+        assert server.poll() is None, (tmp_path / "lab.log").read_text()
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}").status == 200
+        except OSError:
+            return False
+
+    try:
+        until(answers, "JupyterLab starts")
+        yield f"http://127.0.0.1:{port}/lab/tree/explore.ipynb?token={token}"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def test_explore_runs_in_jupyterlab_and_a_slider_redraws(browser, lab):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    def find(selector: str, text: str = "") -> Any:
+        """The first visible element of the page that matches, None if there is none."""
+        found = browser.find_elements(By.CSS_SELECTOR, selector)
+        return next((element for element in found if text in element.text and element.is_displayed()), None)
+
+    def plane() -> str:
+        """The picture of the closed forms, the second of the notebook."""
+        pictures = "return [...document.querySelectorAll('.jp-OutputArea-output img')].map(image => image.src)"
+        return browser.execute_script(pictures)[1]
+
+    def prompts() -> list[str]:
+        found = "return [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(p => p.textContent)"
+        return [prompt.strip() for prompt in browser.execute_script(found)]
+
+    look_like(browser, 1400, "light")
+    browser.get(lab)
+    until(lambda: find(".jp-StatusBar-TextItem", "| Idle"), "its kernel is ready")
+    until(prompts, "the notebook is shown")
+    keep_screenshot(browser, "lab-opened")
+    count = len(prompts())
+    until(lambda: find(".lm-MenuBar-itemLabel", "Run"), "the menu").click()
+    until(lambda: find(".lm-Menu-item[data-command='runmenu:run-all']"), "its entry").click()
+    until(lambda: prompts() == [f"[{n}]:" for n in range(1, count + 1)], "all cells are run")
+    assert find("[data-mime-type='application/vnd.jupyter.stderr']") is None
+    page = browser.find_element(By.CSS_SELECTOR, ".jp-Notebook").text
+    assert "make reproduce makes them" in page  # there are no policies to ask
+    before = plane()
+    slider = until(lambda: find(".widget-slider", "disagreement"), "the slider")
+    slider.find_element(By.CSS_SELECTOR, ".noUi-handle").send_keys(Keys.ARROW_RIGHT * 5)
+    until(lambda: slider.find_element(By.CSS_SELECTOR, ".widget-readout").text == "0.15", "the slider moves", 10)
+    until(lambda: plane() != before, "the picture changes", 10)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'start'})", slider)
+    keep_screenshot(browser, "lab-slider")
+    near = ("http://127.0.0.1", "data:", "blob:", "chrome:", "file:")
+    assert [address for address in requested(browser) if not address.startswith(near)] == []
