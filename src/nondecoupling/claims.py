@@ -370,21 +370,26 @@ def rows_of(rows: list[dict[str, Any]], families: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["id"][0] in families]
 
 
-def readme_tables(
-    rows: list[dict[str, Any]],
-    metrics: pd.DataFrame,
-    sweep: list[dict[str, Any]] | None,
-    controls: pd.DataFrame | None = None,
-) -> str:
-    """A study as the README's Markdown tables: claims, policies, and, where they were run, sweep and controls.
+def readme_tables(rows: list[dict[str, Any]], metrics: pd.DataFrame, sweep: list[dict[str, Any]] | None) -> str:
+    """The claims, the policies and, where it was run, the sweep of a study as the README's Markdown tables.
 
-    ``metrics`` and ``controls`` are the final metrics of the groups "main" and "controls". T is left out: the sweep's
-    table shows the same.
+    ``metrics`` are the final metrics of the group "main". T is left out: the sweep's table shows the same.
     """
     tables = [claims_table(rows_of(rows, "ABO")), policies_table(metrics), *([sweep_table(sweep)] if sweep else [])]
-    if controls is not None:
-        tables += [claims_table(part).drop(columns="paper") for part in (rows_of(rows, "K"), rows_of(rows, "J"))]
-        tables.append(policies_table(controls))
+    return "\n\n".join(markdown_table(table) for table in tables)
+
+
+def readme_controls(rows: list[dict[str, Any]], metrics: pd.DataFrame) -> str:
+    """Controls, joint training and their policies as the README's Markdown tables.
+
+    ``metrics`` are the final metrics of the group "controls".
+    """
+    predicted = ["predicted", "from the policy"]
+    tables = [
+        claims_table(rows_of(rows, "K")).drop(columns="paper"),
+        claims_table(rows_of(rows, "J")).drop(columns=["paper", *predicted]),
+        policies_table(metrics),
+    ]
     return "\n\n".join(markdown_table(table) for table in tables)
 
 
