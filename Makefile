@@ -10,6 +10,8 @@ DATA    ?=
 MODEL   ?=
 SET     ?=
 RANDOM_WEIGHTS ?=
+# Empty: make runs the study itself. local, or the address of a running scheduler: Dask does.
+SCHEDULER ?=
 # Studies of real models share one GPU, or all cores, among their runs one after the other.
 JOBS    ?= $(if $(filter nano,$(PROFILE)),$(shell nproc 2>/dev/null || echo 2),1)
 
@@ -25,15 +27,17 @@ endif
 # SET as one word of the shell, apostrophes included.
 QUOTED  = '$(subst ','\'',$(SET))'
 STUDY   = --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set $(QUOTED) --seeds "$(SEEDS)"
+HOW     = --scheduler "$(SCHEDULER)" --jobs $(JOBS)
 EXECUTE = $(PYTHON) -m nondecoupling.execute
 
-.PHONY: FORCE help setup reproduce theory study list bench smollm2 lab test lint verify report reference notebooks clean
+.PHONY: FORCE help setup reproduce theory study sweep list bench smollm2 lab test lint verify report reference notebooks clean
 
 help: ## print the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /  make \1|/' | column -t -s '|'
 	@echo
 	@echo '  options: PROFILE=nano|laptop|paper  SEEDS=0-4  JOBS=2  DATA=folder of TSV files  MODEL=folder of a causal LM'
 	@echo '           SET="rl.beta=0.25 sft.steps=100" (every setting of src/nondecoupling/profiles/)'
+	@echo '           SCHEDULER=local|tcp://host:8786 (Dask executes the study; default: make itself)'
 
 setup: $(READY) ## create .venv from requirements.lock (all other targets do it by themselves)
 
@@ -45,16 +49,20 @@ setup: $(READY) ## create .venv from requirements.lock (all other targets do it 
 	@touch $@
 
 reproduce: $(READY) ## run the study: data, base model, both experiments for every seed, claims, report
-	@$(EXECUTE) reproduce $(STUDY) --jobs $(JOBS)
+	@$(EXECUTE) reproduce $(STUDY) $(HOW)
 
 theory: $(READY) ## also run the sweep of beta that notebook 6 compares with the closed form
-	@$(EXECUTE) theory $(STUDY) --jobs $(JOBS)
+	@$(EXECUTE) theory $(STUDY) $(HOW)
+
+sweep: SEEDS := $(or $(SEEDS),0-19)
+sweep: $(READY) ## run the study with more seeds (SEEDS=0-19), those that are finished are kept
+	@$(EXECUTE) reproduce $(STUDY) $(HOW)
 
 study: $(READY) ## also run the controls and joint training, some 20 minutes with the embedded model
-	@$(EXECUTE) study $(STUDY) --jobs $(JOBS)
+	@$(EXECUTE) study $(STUDY) $(HOW)
 
 results/%.json: $(READY) FORCE
-	@$(EXECUTE) reproduce $(STUDY) --jobs $(JOBS) --target $@
+	@$(EXECUTE) reproduce $(STUDY) $(HOW) --target $@
 
 list: $(READY) ## list the study's runs with their state and files
 	@$(EXECUTE) list $(STUDY)

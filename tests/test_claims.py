@@ -382,16 +382,29 @@ def test_each_statement_can_fail():
     assert theory_verdicts(theory_content(test_time=worse), two_policies())["T6"] == "not reproduced"
 
 
-def test_the_sweep_is_judged_beta_by_beta_and_says_what_had_not_settled():
+def sweep_entry(**changes):
     change = {
         "measured": {"mean": 0.1, "ci95": [0.09, 0.11]},
         "own_belief": 0.5,
+        "perfect_learner": None,
         "gap_to_own_belief": {"mean": -0.4, "ci95": [-0.41, -0.39]},
     }
-    entry = {"run": "x", "beta": 0.1, "normalisation": "none", "settled": False, "change_of_loss": change}
-    rows = claims.judge_theory(theory_content(sweep=[entry, entry | {"normalisation": "group"}]), two_policies())
-    (row,) = [row for row in rows if row["id"].startswith("T4")]
-    assert (row["id"], row["verdict"], row["note"]) == ("T4-b0.1", "not reproduced", "training had not settled")
+    entry = {"run": "x", "beta": 0.1, "varied": "", "steps": 128, "is_half": False, "settled": False}
+    return entry | {"doubling": {"mean": 0.05, "ci95": [0.04, 0.06]}, "change_of_loss": change} | changes
+
+
+def test_the_sweep_is_judged_beta_by_beta_and_says_what_had_not_settled():
+    sweep = [sweep_entry(), sweep_entry(varied="divided"), sweep_entry(is_half=True), sweep_entry(beta=5, settled=True)]
+    judged = claims.judge_theory(theory_content(sweep=sweep), two_policies())
+    rows = [(row["id"], row["verdict"], row["note"]) for row in judged if row["id"].startswith("T4")]
+    assert rows == [("T4-b0.1", "not reproduced", "training had not settled"), ("T4-b5", "not reproduced", "")]
+
+
+def test_the_table_of_the_sweep_names_what_a_run_varies_and_leaves_out_halves():
+    entries = [sweep_entry(), sweep_entry(is_half=True), sweep_entry(varied="32 answers", steps=64, doubling=None)]
+    plain, varied = claims.sweep_table(entries).astype(str).to_numpy().tolist()
+    assert plain == ["0.1", "128", "-", "+0.500", "+0.100 [+0.090, +0.110]", "+0.050 [+0.040, +0.060]"]
+    assert varied == ["0.1, 32 answers", "64", "-", "+0.500", "+0.100 [+0.090, +0.110]", "-"]
 
 
 def test_one_seed_settles_no_amount():

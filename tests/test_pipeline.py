@@ -1,15 +1,21 @@
 """The Makefile from the outside: a whole study at toy size, what a second make does, and what it says when asked."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from nondecoupling import runs
+
+RUNS = ("sft", "sft-rl", "rl", "rl-sft")
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Toy sizes: everything runs, nothing but the answer format is learnt.
 TOY = " ".join(
@@ -58,7 +64,7 @@ def study(results):
 def test_reproduce_leaves_every_result(study):
     folder, printed = study
     for seed in (0, 1):
-        for run in ("sft", "sft-rl", "rl", "rl-sft"):
+        for run in RUNS:
             metrics = json.loads((folder / f"seed{seed}" / run / "metrics.json").read_text())
             assert (metrics["run"], metrics["seed"], metrics["status"]) == (run, seed, "complete")
             assert {path.name for path in (folder / f"seed{seed}" / run).iterdir()} >= {
@@ -97,8 +103,8 @@ def test_second_make_executes_nothing(results, study):
 @pytest.mark.parametrize(
     ("edited", "rerun"),
     [
-        ("src/nondecoupling/figures.py", {"claims"}),
-        ("src/nondecoupling/claims.py", {"claims"}),
+        ("src/nondecoupling/figures.py", {"theory", "claims"}),
+        ("src/nondecoupling/claims.py", {"theory", "claims"}),
         ("src/nondecoupling/templates/report.html.j2", set()),  # the report, and no notebook
         ("notebooks/04_rl.ipynb", {"sft-rl", "rl", "rl-sft", "theory", "claims"}),
     ],
@@ -124,9 +130,68 @@ def test_verify_without_reference_says_so(results, study):
     assert "there is nothing to compare" in done.stderr
 
 
+def execution_of(run: str, command: int) -> psutil.Process:
+    """The process under ``command`` that executes the notebook of ``run``, as soon as its kernel is asked for."""
+    while True:
+        for process in psutil.Process(command).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.cmdline()[-4:-2] == ["--run", run] and process.children():
+                    return process
+        time.sleep(0.1)
+
+
+def test_a_dask_cluster_makes_what_make_makes_though_a_worker_is_killed(study, tmp_path):
+    made, folder = study[0], tmp_path / study[0].name
+    for name in ("data", "base", "settings"):
+        shutil.copytree(made / name, folder / name)
+    command, environment = toy_command(tmp_path, "sweep", "SCHEDULER=local")
+    with subprocess.Popen(
+        [*command, "SEEDS=0"],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as making:
+        execution = execution_of("sft", making.pid)
+        worker = next(parent for parent in execution.parents() if "multiprocessing" in " ".join(parent.cmdline()))
+        worker.kill()
+        assert psutil.wait_procs([execution], timeout=5)[0] == [execution]
+        assert execution_of("sft", making.pid) != execution
+        printed, complaints = making.communicate(timeout=300)
+    assert making.returncode == 0, printed + complaints
+    assert complaints == ""
+    lines = re.findall(r"^\[\d/6\] (.+) · \d+:\d\d · \d+ % done$", printed, flags=re.MULTILINE)
+    assert sorted(lines) == sorted([*(f"seed 0 · {run}" for run in RUNS), "theory", "claims"])
+
+    for run in RUNS:
+        mine, its = (root / "seed0" / run for root in (folder, made))
+        metrics, same = (json.loads((path / "metrics.json").read_text())["evaluation"] for path in (mine, its))
+        assert metrics == same
+        assert (mine / "trajectory.csv").read_bytes() == (its / "trajectory.csv").read_bytes()
+        assert runs.read_predictions(mine).equals(runs.read_predictions(its))
+        weights = runs.file_hashes(mine / "policy", "*.safetensors")
+        assert weights
+        assert weights == runs.file_hashes(its / "policy", "*.safetensors")
+
+    command, environment = toy_command(tmp_path, "reproduce")
+    done = subprocess.run([*command, "SEEDS=0"], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "0 of 8 notebooks to execute" in done.stdout
+    assert " · " not in done.stdout
+
+
+@pytest.mark.parametrize(("words", "seeds"), [([], "0-19"), (["SEEDS=3"], "3")])
+def test_sweep_is_reproduce_with_more_seeds(words, seeds):
+    command = ["make", "sweep", *words, "--dry-run"]
+    printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert "nondecoupling.execute reproduce " in printed
+    assert f'--seeds "{seeds}" ' in printed
+
+
 def test_help_is_the_default_and_names_every_target():
     printed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    for target in ("setup", "reproduce", "study", "list", "lab", "test", "lint", "verify", "report", "clean"):
+    for target in ("setup", "reproduce", "study", "sweep", "list", "lab", "test", "lint", "verify", "report", "clean"):
         assert f"make {target}" in printed
 
 

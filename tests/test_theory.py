@@ -212,6 +212,29 @@ def test_counterexample_to_an_unconditional_theorem_4_1():
     assert theory.expected_reward(sft, r) - theory.expected_reward(HALF, r) == 0
 
 
+@UNHURRIED
+@given(problems(), st.floats(-1, 1))
+def test_where_all_answers_earn_the_same_no_move_away_from_rl_costs_reward(problem, constant):
+    """The first counterexample to an unconditional Theorem 4.1, for any two policies: their KL says nothing about J."""
+    logp, logp0, _, _, beta = problem
+    r = np.full(logp.shape, constant)
+    logrl = theory.tilt(logp0, r, beta)
+    assert theory.mean_kl(logp, logrl) == close(theory.mean_kl(logp, logp0))  # whatever it is, RL did not move
+    assert theory.expected_reward(logp, r) == close(theory.expected_reward(logrl, r))
+
+
+@UNHURRIED
+@given(st.floats(0.01, 0.99), st.integers(0, 4))
+def test_moving_mass_between_tied_best_answers_costs_no_reward(share, extra):
+    """The second: RL has driven all mass to answers that share the top reward, and SFT prefers one of them."""
+    r = np.array([[1.0, 1.0] + [-1.0] * extra])
+    start = log_softmax(np.hstack([np.zeros((1, 2)), np.full((1, extra), 5.0)]), axis=1)
+    logrl = theory.tilt(start, r, 1e-3)
+    logp = np.hstack([np.log([[share, 1 - share]]), np.full((1, extra), -np.inf)])
+    assert theory.mean_kl(logp, logrl) == close(math.log(2) - stats.entropy([share, 1 - share]))
+    assert theory.expected_reward(logp, r) == close(theory.expected_reward(logrl, r))
+
+
 def test_no_change_where_the_reward_is_constant_on_the_support():
     logd = np.log([[0.5, 0.5, 1e-300]])
     logd[0, 2] = -np.inf

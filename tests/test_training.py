@@ -512,20 +512,30 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("run", "train"), [("sft", training.train_sft), ("sft-rl", reinforcement.train_rl)])
+@pytest.mark.parametrize(
+    ("run", "train"),
+    [
+        ("sft", training.train_sft),
+        ("sft-rl", reinforcement.train_rl),
+        ("joint-m0.5", reinforcement.train_joint),
+        ("reward-model", training.train_reward),
+    ],
+)
 def test_an_interrupted_stage_ends_as_if_nothing_had_happened(tiny_sft, prepare, monkeypatch, capsys, run, train):
-    changes = {"sft.steps": 6, "rl.steps": 6, "evaluation.points": 4}  # measured and saved at steps 0, 2, 4 and 6
+    steps = {f"{section}.steps": 6 for section in ("sft", "rl", "joint", "reward")}
+    changes = steps | {"evaluation.points": 4}  # measured and saved at steps 0, 2, 4 and 6
     whole = prepare(run, changes=changes)
     expected = train(whole)
     folder = runs.checkpoints_folder(whole.root, whole.run, whole.seed)
     shutil.rmtree(folder)
 
     original = training.run_trainer
-    monkeypatch.setattr(
-        training,
-        "run_trainer",
-        lambda stage, build, *rest: original(stage, lambda c: with_callback(build(c), Interrupt(5)), *rest),
-    )
+
+    def interrupted(stage, build, *rest, **more):
+        return original(stage, lambda c: with_callback(build(c), Interrupt(5)), *rest, **more)
+
+    for module in (training, reinforcement):
+        monkeypatch.setattr(module, "run_trainer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(prepare(run, changes=changes))
     monkeypatch.undo()

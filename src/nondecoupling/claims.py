@@ -245,23 +245,21 @@ def judge_theory(content: dict[str, Any], metrics: pd.DataFrame) -> list[dict[st
             amount(name, f"RL after SFT changes the {words} by the closed form's amount", gaps, predicted, changes)
         )
     for entry in content["sweep"] or []:
-        if entry["normalisation"] == "none":
-            change = entry["change_of_loss"]
-            interval, predicted = bounds(change["measured"]), change["own_belief"]
-            note = "" if entry["settled"] else "training had not settled"
-            verdict = verdict_of_amount(bounds(change["gap_to_own_belief"])[1:], predicted)
-            statement = f"T2 at beta = {entry['beta']:g}, in the longer runs of the sweep"
-            rows.append(
-                row(
-                    f"T4-b{entry['beta']:g}",
-                    statement,
-                    "change",
-                    interval,
-                    verdict,
-                    predicted_from_policies=predicted,
-                    note=note,
-                )
+        if entry["is_half"] or entry["varied"]:  # these runs are there to explain others
+            continue
+        change = entry["change_of_loss"]
+        notes = {True: "", False: "training had not settled", None: "whether training had settled is unknown"}
+        rows.append(
+            row(
+                f"T4-b{entry['beta']:g}",
+                f"T2 at beta = {entry['beta']:g}, in {entry['steps']} steps",
+                "change",
+                bounds(change["measured"]),
+                verdict_of_amount(bounds(change["gap_to_own_belief"])[1:], change["own_belief"]),
+                predicted_from_policies=change["own_belief"],
+                note=notes[entry["settled"]],
             )
+        )
     before, last = (metrics[metrics["run"] == run].set_index("seed") for run in ("rl", "rl-sft"))
     bound = 2 * np.sqrt(last["kl_to_parent"] / 2)  # rewards lie between -1 and 1
     used = mean_interval((last["reward_exact"] - before["reward_exact"]).abs() / bound)
@@ -332,18 +330,24 @@ def markdown_table(table: pd.DataFrame) -> str:
 
 
 def sweep_table(entries: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rise of the SFT loss by RL for each beta of the sweep, from theory.json: measured next to the two predictions."""
+    """Rise of the SFT loss by RL for each run of the sweep, from theory.json: measured next to the two predictions.
+
+    What a run changes besides beta stands beside its beta. Runs that only serve as the half of another are left out:
+    the last column says what doubling their steps added.
+    """
     table = []
-    for entry in entries:
-        change = entry["change_of_loss"]
-        low, high = change["measured"]["ci95"]
-        predicted = change["perfect_learner"]
+    for entry in [entry for entry in entries if not entry["is_half"]]:
+        change, doubling = entry["change_of_loss"], entry["doubling"]
+        predicted, (mean, low, high) = change["perfect_learner"], bounds(change["measured"])
+        added = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*bounds(doubling)) if doubling else "-"
         table.append(
             {
-                "β": f"{entry['beta']:g}" + (", group" if entry["normalisation"] == "group" else ""),
+                "β": ", ".join([f"{entry['beta']:g}", *([entry["varied"]] if entry["varied"] else [])]),
+                "steps": entry["steps"],
                 "closed form, perfect learner": "-" if predicted is None else f"{predicted:+.3f}",
                 "closed form, from the SFT policies": f"{change['own_belief']:+.3f}",
-                "measured rise of the SFT loss": f"{change['measured']['mean']:+.3f} [{low:+.3f}, {high:+.3f}]",
+                "measured rise of the SFT loss": f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]",
+                "added by doubling the steps": added,
             }
         )
     return pd.DataFrame(table)
@@ -366,21 +370,26 @@ def rows_of(rows: list[dict[str, Any]], families: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["id"][0] in families]
 
 
-def readme_tables(
-    rows: list[dict[str, Any]],
-    metrics: pd.DataFrame,
-    sweep: list[dict[str, Any]] | None,
-    controls: pd.DataFrame | None = None,
-) -> str:
-    """A study as the README's Markdown tables: claims, policies, and, where they were run, sweep and controls.
+def readme_tables(rows: list[dict[str, Any]], metrics: pd.DataFrame, sweep: list[dict[str, Any]] | None) -> str:
+    """The claims, the policies and, where it was run, the sweep of a study as the README's Markdown tables.
 
-    ``metrics`` and ``controls`` are the final metrics of the groups "main" and "controls". T is left out: the sweep's
-    table shows the same.
+    ``metrics`` are the final metrics of the group "main". T is left out: the sweep's table shows the same.
     """
     tables = [claims_table(rows_of(rows, "ABO")), policies_table(metrics), *([sweep_table(sweep)] if sweep else [])]
-    if controls is not None:
-        tables += [claims_table(part).drop(columns="paper") for part in (rows_of(rows, "K"), rows_of(rows, "J"))]
-        tables.append(policies_table(controls))
+    return "\n\n".join(markdown_table(table) for table in tables)
+
+
+def readme_controls(rows: list[dict[str, Any]], metrics: pd.DataFrame) -> str:
+    """Controls, joint training and their policies as the README's Markdown tables.
+
+    ``metrics`` are the final metrics of the group "controls".
+    """
+    predicted = ["predicted", "from the policy"]
+    tables = [
+        claims_table(rows_of(rows, "K")).drop(columns="paper"),
+        claims_table(rows_of(rows, "J")).drop(columns=["paper", *predicted]),
+        policies_table(metrics),
+    ]
     return "\n\n".join(markdown_table(table) for table in tables)
 
 

@@ -106,6 +106,7 @@ def predictions_for_controls(study: Study, root: Path, rows: list[dict[str, Any]
     }
     if "sft-clean" in set(metrics["run"]):
         policies["K6"] = mean_over_seeds("sft-clean", rise_by_tilt)
+    if "rl-weak" in set(metrics["run"]):
         policies["K8"] = float(reward["sft"] - reward["rl-weak"])
     if known:
         calibrated, by_truth = float(theory.calibrated_reward(q)), float(theory.rl_reward(q, beta))

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.special import expit
 
+from nondecoupling import theory
+
 NAMES = {
     "base": "base",
     "sft": "SFT",
@@ -279,4 +281,121 @@ def draw_joint(metrics: pd.DataFrame, joint: list[str], frontiers: dict[str, pd.
         title="Both at once, or one after the other",
     )
     axes.legend(fontsize=9, loc="lower right")
+    return figure
+
+
+def draw_frontier(axes: Axes, q: float, beta: float) -> None:
+    """The plane of the two stages' goals for two labels, the likelier with probability ``q`` (1/2 < q < 1).
+
+    On the frontier, which no policy crosses: SFT's optimum, and ideal RL at ``beta`` from there. Off it, because it is
+    no single policy: the loss of SFT's optimum with the reward of its greedy answers.
+    """
+    level, low, high = (float(f(q)) for f in (theory.calibrated_loss, theory.calibrated_reward, theory.sharp_reward))
+    loss, reward = float(theory.rl_loss(q, beta)), float(theory.rl_reward(q, beta))
+    width, height = max(2.6 * (loss - level), 0.1), max(high - low, 0.02)
+    left, bottom, top = level - 0.3 * width, low - 0.4 * height, high + 0.2 * height
+    trace = np.logspace(3, -2, 600)
+    curve = theory.rl_loss(q, trace), theory.rl_reward(q, trace)
+    border = np.concatenate([[level], curve[0], [1e3]]), np.concatenate([[bottom], curve[1], [high]])
+    axes.fill_between(*border, top, color="0.93", zorder=0)
+    axes.axvspan(left, level, color="0.93", zorder=0)
+    axes.text(left + 0.03 * width, low + 0.2 * height, "no policy\nis here", color="0.45", style="italic", fontsize=10)
+    axes.plot(*curve, color="0.25", linewidth=1.5)
+    path = trace[trace > beta]
+    axes.plot(theory.rl_loss(q, path), theory.rl_reward(q, path), color=COLOURS["sft-rl"], linewidth=5, alpha=0.6)
+    for b in (2, 1, 0.5, 0.25, 0.1):
+        if abs(np.log(b / beta)) > 0.1 and theory.rl_loss(q, b) < level + 0.9 * width:
+            place = float(theory.rl_loss(q, b)), float(theory.rl_reward(q, b))
+            axes.plot(*place, "o", color="0.25", markersize=4)
+            axes.annotate(f"β = {b:g}", place, (6, -13), textcoords="offset points", fontsize=9)
+    style = {"arrowstyle": "-|>", "linewidth": 2, "shrinkA": 8, "shrinkB": 8, "connectionstyle": "arc3,rad=-0.3"}
+    axes.annotate("", (level, low), (loss, reward), arrowprops=style | {"color": COLOURS["sft"]})
+    axes.plot([level] * 2, [low, high], ":", color="0.3", linewidth=1.5)
+    axes.plot(level, low, "o", color=COLOURS["sft"], markersize=11, label="SFT's optimum: calibrated")
+    axes.plot(level, high, "*", color="0.3", markersize=16, label="its greedy answers")
+    name = f"ideal RL from there, β = {beta:g}:\nJ {reward - low:+.3f} at L {loss - level:+.3f} nats"
+    axes.plot(loss, reward, "s", color=COLOURS["sft-rl"], markersize=10, label=name)
+    for text, place, colour in (
+        ("RL", (level + 0.14 * (loss - level), low + 0.55 * height), COLOURS["sft-rl"]),
+        ("SFT", (loss, low + 0.5 * height), COLOURS["sft"]),
+        ("decoding ", (level, low + 0.75 * height), "0.3"),
+    ):
+        side = "right" if text.endswith(" ") else "left"
+        axes.text(*place, text, color=colour, weight="bold", ha=side)
+    axes.set(xlim=(left, level + width), ylim=(bottom, top))
+    axes.set(xlabel="SFT loss L, nats per response", ylabel="reward J of sampled answers")
+
+
+def draw_theory(q: float, beta: float, policies: pd.DataFrame, curves: list[pd.DataFrame]) -> Figure:
+    """The paper in one figure: what ideal stages do to the two goals, and where trained ones land.
+
+    ``policies`` has the columns ``run, seed, loss, reward, greedy`` (the reward of greedy answers), on dev; ``curves``
+    are each seed's SFT policy made sharper and less sharp by one number, ``loss, reward``.
+    """
+    figure, (ideal, trained) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    draw_frontier(ideal, q, beta)
+    ideal.set_title(f"Ideal stages, two labels, q = {q:g}")
+    for curve in curves:
+        trained.plot(curve["loss"], curve["reward"], color="0.65", linewidth=1, zorder=0)
+    trained.plot([], [], color="0.65", label="SFT, made sharper by one number")
+    mean = policies.groupby("run")[["loss", "reward", "greedy"]].mean()
+    style = {"arrowstyle": "-|>", "linewidth": 2, "shrinkA": 8, "shrinkB": 8}
+    for start, end, bend in (("sft", "sft-rl", -0.3), ("base", "rl", 0), ("rl", "rl-sft", -0.3)):
+        if {start, end} <= set(mean.index):
+            ends = [mean.loc[run, ["loss", "reward"]].tolist() for run in (end, start)]
+            arrow = style | {"color": COLOURS[end], "connectionstyle": f"arc3,rad={bend}"}
+            trained.annotate("", *ends, arrowprops=arrow)
+    for run, mark in zip(NAMES, "soso^", strict=True):
+        part = policies[policies["run"] == run]
+        if len(part):
+            trained.plot(part["loss"], part["reward"], mark, color=COLOURS[run], markersize=4, alpha=0.5)
+            trained.plot(*mean.loc[run, ["loss", "reward"]], mark, color=COLOURS[run], markersize=11, label=NAMES[run])
+    place = mean.loc["sft", "loss"], mean.loc["sft", "greedy"]
+    trained.plot([place[0]] * 2, [mean.loc["sft", "reward"], place[1]], ":", color="0.3", linewidth=1.5)
+    trained.plot(*place, "*", color="0.3", markersize=16, label="SFT, greedy answers")
+    seeds = policies["seed"].nunique()
+    trained.set(xlabel="SFT loss L on dev, nats per label", ylabel="reward J of sampled answers")
+    trained.set_title(f"Trained policies, {seeds} seed{'s' if seeds > 1 else ''} and mean")
+    for axes in (ideal, trained):
+        axes.legend(loc="lower right", fontsize=9, frameon=True)
+    return figure
+
+
+def draw_sweep(entries: list[dict[str, Any]]) -> Figure:
+    """Predicted and measured changes of loss and reward by RL against beta, from the sweep's entries in theory.json.
+
+    Runs that change more than beta and steps are open marks, a little to the right of their beta.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    colours = sns.color_palette("colorblind")
+    plain = sorted((e for e in entries if not e["varied"] and not e["is_half"]), key=lambda e: e["beta"])
+    kinds = list(dict.fromkeys(e["varied"] for e in entries if e["varied"]))
+    for panel, name in zip(panels, ("change_of_loss", "change_of_reward"), strict=True):
+        for key, text, shade in (
+            ("perfect_learner", "a perfect learner", "0.6"),
+            ("own_belief", "own belief", colours[2]),
+        ):
+            known = [e for e in plain if e[name][key] is not None]
+            panel.plot(
+                [e["beta"] for e in known], [e[name][key] for e in known], color=shade, label=f"predicted: {text}"
+            )
+        for shift, entry in [(0, e) for e in plain] + [
+            (1 + kinds.index(e["varied"]), e) for e in entries if e["varied"]
+        ]:
+            measured = entry[name]["measured"]
+            low, high = measured["ci95"] or [measured["mean"]] * 2
+            panel.errorbar(
+                entry["beta"] * 1.08**shift,
+                measured["mean"],
+                [[measured["mean"] - low], [high - measured["mean"]]],
+                fmt="os^Dv"[shift % 5],
+                color=colours[0] if shift == 0 else colours[3],
+                fillstyle="full" if shift == 0 else "none",
+                capsize=3,
+                label=f"measured{', ' * bool(entry['varied'])}{entry['varied']}",
+            )
+        panel.set(xscale="log", xlabel="β, reward per nat of KL", ylabel=f"{name.replace('_', ' ')} by RL")
+    panels[0].set_yscale("symlog", linthresh=0.1)
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9)
     return figure

@@ -19,6 +19,7 @@ import torch
 import trl.trainer.utils
 from datasets import Dataset
 from scipy.special import log_expit, softmax
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import (
     RewardConfig,
@@ -178,7 +179,9 @@ def evaluation_steps(steps: int, points: int) -> list[int]:
 
 
 class StageCallback(TrainerCallback):
-    """Measures the policy at given steps, writes a checkpoint there, prints progress, and stops what has gone wrong.
+    """Measures the policy at given steps, writes a checkpoint there, shows progress, and stops what has gone wrong.
+
+    Progress is a bar with the time left, or five lines where TQDM_DISABLE=1 says that nobody looks on.
 
     ``measure_policy`` returns the metrics of one point of the trajectory, ``check_start`` judges the first of them, and
     ``reference_tolerance`` is how far the first step's KL to the reference may be from 0 (None: there is no reference).
@@ -197,6 +200,7 @@ class StageCallback(TrainerCallback):
         self.log: list[dict[str, float]] = []
         self.silent = 0  # steps in a row without a group whose answers earn differently
         self.started, self.earlier, self.measuring = time.perf_counter(), 0.0, 0.0
+        self.bar = tqdm(disable=True)
 
     def seconds(self) -> float:
         """Wall time of the stage, that of interrupted attempts up to their last checkpoint included."""
@@ -216,11 +220,13 @@ class StageCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", leave=False)
         if state.global_step == 0:
             self.measure_if_due(0)
             self.check_start(self.rows[0])
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
         self.measure_if_due(state.global_step)
         control.should_save = state.global_step in self.at and state.global_step < state.max_steps
 
@@ -228,6 +234,9 @@ class StageCallback(TrainerCallback):
         # Written last: a checkpoint with this file is whole.
         measured = {"trajectory": self.rows, "log": self.log, "seconds": self.seconds(), "measuring": self.measuring}
         runs.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / runs.MEASURED, measured)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
@@ -242,7 +251,9 @@ class StageCallback(TrainerCallback):
                 f"same: there is no reward to learn from"
             )
         self.log.append({"step": state.global_step, **{k: v for k, v in logs.items() if isinstance(v, int | float)}})
-        if state.global_step % max(1, state.max_steps // 5) == 0:
+        if not self.bar.disable:
+            self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("loss", "reward") if name in logs})
+        elif state.global_step % max(1, state.max_steps // 5) == 0:
             left = self.seconds() / state.global_step * (state.max_steps - state.global_step)
             earned = f"  reward {logs['reward']:+.3f}" if "reward" in logs else ""
             print(f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}{earned}  {left:.0f} s left")
