@@ -235,7 +235,7 @@ def draw_controls(rows: list[dict[str, Any]]) -> Figure:
     axes.axvline(0, color="0.4", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{row['id']}: {row['statement']}" for row in reversed(rows)], fontsize=9)
     axes.set_xlabel("difference of SFT loss (nats) or of reward")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.2, -0.18), ncols=3, fontsize=9, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.2, -0.1), ncols=3, fontsize=9, frameon=False)
     return figure
 
 
@@ -275,12 +275,14 @@ def draw_joint(metrics: pd.DataFrame, joint: list[str], frontiers: dict[str, pd.
         axes.plot(ends["sft_loss"], ends["reward_exact"], mark, color=colour, markersize=4, alpha=0.5)
         middle = ends[["sft_loss", "reward_exact"]].mean()
         axes.plot(*middle, mark, color=colour, markersize=12, markeredgecolor="white", label=name)
+    lowest = metrics.loc[metrics["run"].isin(marks), "reward_exact"].min()
     axes.set(
         xlabel="SFT loss on dev, nats per response (lower is better)",
         ylabel="reward of sampled answers on dev (higher is better)",
         title="Both at once, or one after the other",
+        ylim=(lowest - 0.05, None),  # temperature curves go on below
     )
-    axes.legend(fontsize=9, loc="lower right")
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return figure
 
 
