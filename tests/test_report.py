@@ -60,8 +60,9 @@ def test_controls_and_joint_runs_are_shown_where_there_are_any(finished):
     study, root = finished("nano")
     for figure in ("controls", "proxy", "joint"):
         (root / "figures" / f"{figure}.svg").unlink(missing_ok=True)
+    rows = [row for row in runs.read_json(root / "claims.json") if row["id"][0] not in "KJ"]
+    runs.write_json(root / "claims.json", rows)
     assert not {"Controls</h2>", "Both goals at once</h2>"} & set(re.findall(r"[\w ]+</h2>", page_of(study)))
-    rows = runs.read_json(root / "claims.json")
     more = [rows[0] | {"id": "K1", "statement": "more SFT"}, rows[0] | {"id": "J1", "statement": "both in one update"}]
     runs.write_json(root / "claims.json", rows + more)
     shutil.copy(root / "figures" / "plane.svg", root / "figures" / "joint.svg")
