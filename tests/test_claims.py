@@ -380,6 +380,8 @@ def test_each_statement_can_fail():
     low = {"mean": 0.8, "ci95": [0.7, 0.9]}
     worse = theory_content()["test_time"] | {"shares": {"greedy": low}}
     assert theory_verdicts(theory_content(test_time=worse), two_policies())["T6"] == "not reproduced"
+    nothing_gained = {"test_time": theory_content()["test_time"] | {"shares": {}}}
+    assert "T6" not in theory_verdicts(theory_content(**nothing_gained), two_policies())
 
 
 def sweep_entry(**changes):

@@ -23,8 +23,6 @@ COMMANDS = [
     if line.strip()
 ]
 REFERENCES = REPOSITORY / "results" / "reference"
-# Enough for RL to gain something: notebook 6 judges shares of that gain.
-LEARNS = "sft.steps=30 rl.steps=8 rl.prompts_per_step=16"
 OPTIONS = {"RANDOM_WEIGHTS", "PROFILE", "SEEDS", "DATA", "MODEL", "SET", "JOBS", "SCHEDULER"}
 
 
@@ -70,7 +68,7 @@ def test_worked_example_of_another_task_runs(tmp_path):
     assert (tmp_path / "my-task" / "dev.tsv").read_text(encoding="utf-8").startswith(shown)
     (command,) = (shlex.split(line) for line in COMMANDS if "DATA=my-task" in line)
     changed = {"DATA=my-task": f"DATA={tmp_path / 'my-task'}", "SEEDS=0-1": "SEEDS=0"}
-    words = [changed.get(word, f"{word} {TOY} {LEARNS}" if word.startswith("SET=") else word) for word in command]
+    words = [changed.get(word, f"{word} {TOY}" if word.startswith("SET=") else word) for word in command]
     inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     environment = inherited | {"NONDECOUPLING_RESULTS": str(tmp_path / "results"), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
