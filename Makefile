@@ -84,7 +84,7 @@ lab: $(READY) ## open JupyterLab on the notebooks, explore.ipynb first
 	@$(PYTHON) -m jupyterlab notebooks/explore.ipynb
 
 test: lint ## lint, unit tests, and every notebook re-executed and compared (nbval)
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 	@# The notebooks run in a results folder of their own, so that a test never touches a study.
 	NONDECOUPLING_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 \
 		$(PYTHON) -m pytest -q --nbval notebooks \
