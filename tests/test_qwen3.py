@@ -29,6 +29,11 @@ SHORT = {
     "rl.rows_per_pass": 8,
     "rl.learning_rate": 1.0e-3,
     "rl.least_rewarded": 0.0,
+    "joint.steps": 2,
+    "joint.prompts_per_step": 2,
+    "joint.demonstrations_per_step": 4,
+    "reward.steps": 2,
+    "reward.pairs_per_step": 4,
     "evaluation.points": 2,
     "evaluation.along_size": 20,
     "evaluation.train_size": 20,
@@ -66,15 +71,24 @@ def small_cola(cola, tmp_path_factory):
     return folder
 
 
+FIRST = {"sft": training.train_sft, "sft-rl": reinforcement.train_rl}
+CONTROLS = {  # make study; one of each kind, in 8 bits
+    "reward-model": training.train_reward,
+    "sft-rl-proxy": reinforcement.train_rl,
+    "sft-rl-rloo": reinforcement.train_rl,
+    "joint-m0.5": reinforcement.train_joint,
+}
+
+
 @pytest.fixture(scope="module", params=["none", "8bit"])
 def stages(request, small_qwen, small_cola, tmp_path_factory):
-    """Finished runs sft and sft-rl of the paper profile, shortened, as {run: (stage, outcome, folder)}."""
+    """Finished runs of the paper profile, shortened, as {run: (stage, first adapter, outcome, folder)}."""
     changes = SHORT | {"model.quantization": request.param, "data.expect": "any"}
     study, finished = load_study("paper", str(small_cola), str(small_qwen), changes), {}
     with results_in(tmp_path_factory.mktemp("results")):
         make_data(study)
         make_base(study)
-        for run, train in (("sft", training.train_sft), ("sft-rl", reinforcement.train_rl)):
+        for run, train in (FIRST | (CONTROLS if request.param == "8bit" else {})).items():
             stage = training.prepare_stage(study, run, 0, expected=study.run(run).stage)
             start = adapter(stage.policy)
             outcome = train(stage)
@@ -85,6 +99,18 @@ def stages(request, small_qwen, small_cola, tmp_path_factory):
 def adapter(policy, name="default"):
     """A copy of an adapter's weights."""
     return {k: v.detach().clone() for k, v in policy.state_dict().items() if f".{name}." in k}
+
+
+def test_controls_of_the_papers_setting_train_float32_adapters_and_end_with_numbers(stages):
+    for run in CONTROLS.keys() & stages.keys():
+        stage, start, outcome, folder = stages[run]
+        trained = {name: weight for name, weight in stage.policy.named_parameters() if weight.requires_grad}
+        assert {weight.dtype for weight in trained.values()} == {torch.float32}, run
+        assert any(not torch.equal(start[name], weight) for name, weight in trained.items() if name in start), run
+        assert np.isfinite(outcome.trajectory.to_numpy()).all(), run
+        assert runs.is_complete(folder)
+    if "sft-rl-proxy" in stages:
+        assert stages["sft-rl-proxy"][2].log["rewards/proxy/mean"].notna().all()
 
 
 # Prompt and tokens
