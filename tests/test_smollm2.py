@@ -14,6 +14,7 @@ YES_NO = Prompt(
     template="Is this correct English? Yes or no?\n\n{sentence}",
     acceptable="Yes.",
     unacceptable="No.",
+    other_wording="So {answer}",
     max_new_tokens=8,
 )
 
