@@ -165,7 +165,6 @@ def test_greedy_answers_equal_those_of_generate(policy, settings, table):
             inputs,
             attention_mask=torch.ones_like(inputs),
             do_sample=False,
-            other_wording="{answer}.",
             max_new_tokens=LIMIT,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

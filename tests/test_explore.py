@@ -46,7 +46,7 @@ def test_trajectories_have_a_thin_line_per_seed_and_a_thick_mean():
 
 
 def test_missing_run_is_a_sentence_in_the_picture():
-    figure = explore.draw_trajectories(REFERENCE, ("rl-rl",), None, "sft_loss")
+    figure = explore.draw_trajectories(REFERENCE, ("no-such-run",), None, "sft_loss")
     assert "no such run is finished" in figure.axes[0].get_title()
 
 

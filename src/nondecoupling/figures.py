@@ -240,20 +240,24 @@ def draw_controls(rows: list[dict[str, Any]]) -> Figure:
 
 
 def draw_proxy(trajectories: pd.DataFrame, majority: float) -> Figure:
-    """True reward and proxy's score along RL paid by the proxy, and along RL paid by the truth; means over seeds."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    colours = dict(zip(("rl", "rl-proxy", "sft-rl", "sft-rl-proxy"), sns.color_palette("colorblind"), strict=False))
-    for (metric, title), axes in zip(
-        {"reward_exact": "true reward of sampled answers", "reward_proxy": "the proxy's mean score"}.items(), panels,
-        strict=True,
-    ):  # fmt: skip
-        for run, colour in colours.items():
-            part = trajectories[trajectories["run"] == run]
-            if part[metric].notna().any():
-                sns.lineplot(part, x="step", y=metric, color=colour, errorbar=("ci", 95), seed=0, label=run, ax=axes)
-        axes.set(xlabel="RL steps", ylabel=title)
-        axes.legend(fontsize=9)
-    label_levels(panels[0], {"majority answer": majority})
+    """True reward, and rise of the proxy's score, along RL paid by either; means and 95 % intervals over seeds.
+
+    The zero of a proxy's scores is arbitrary and differs between seeds, so that only their rise can be compared.
+    """
+    figure, (true, proxy) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    names = ["rl", "rl-proxy", "sft-rl", "sft-rl-proxy"]
+    colours = dict(zip(names, sns.color_palette("colorblind"), strict=False))
+    table = trajectories[trajectories["run"].isin(names)].sort_values("step")
+    table = table.assign(rise=table["reward_proxy"] - table.groupby(["run", "seed"])["reward_proxy"].transform("first"))
+    paid_by_proxy = table.dropna(subset="rise")
+    style = {"x": "step", "hue": "run", "palette": colours, "errorbar": ("ci", 95), "seed": 0}
+    sns.lineplot(table, y="reward_exact", hue_order=names, ax=true, **style)
+    sns.lineplot(paid_by_proxy, y="rise", hue_order=[n for n in names if n.endswith("proxy")], ax=proxy, **style)
+    true.set(xlabel="RL steps", ylabel="true reward of sampled answers")
+    proxy.set(xlabel="RL steps", ylabel="rise of the proxy's mean score")
+    for axes in (true, proxy):
+        axes.legend(fontsize=9, loc="lower right")
+    label_levels(true, {"majority answer": majority})
     return figure
 
 
