@@ -7,7 +7,7 @@ dev sentences. With the 95 % t interval of its mean over seeds, a claim is
 * *not reproduced* if the whole interval lies on the other side,
 * *inconclusive* if the interval includes zero, if there is only one seed, or if the paired t-test's p is 0.05 or more
   after Holm's correction over the family of claims that are judged together (the paper's with O1; the controls; joint
-  training). Holm's correction was added with the controls, before any of them was run; it can only withdraw a verdict.
+  training). Holm's correction was added with the controls, before they were run; it can only withdraw a verdict.
 
 A policy is *collapsed* (`flags.is_collapsed`) if it has learnt the majority label and nothing else. The verdict's note
 says where that happened.

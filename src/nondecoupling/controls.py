@@ -1,4 +1,4 @@
-"""Controls and joint training: what each answers, and the rules of its verdict, written before any of them was run.
+"""Controls and joint training: what each answers, and the rules of its verdict, written before reported seeds were run.
 
 Verdicts follow the rule of `claims`, with Holm's correction over all controls, and over all joint runs. All statements
 here are ours; the paper runs no control, and concludes that the two stages should be one joint optimisation without
