@@ -180,6 +180,13 @@ def judge_claims(
     claims: list[Claim] = CLAIMS,
 ) -> list[dict[str, Any]]:
     """One row per claim, ready for claims.json, from final metrics as `runs.read_metrics` gives them."""
+    return corrected_family(judged_rows(metrics, predicted, from_policies, claims))
+
+
+def judged_rows(
+    metrics: pd.DataFrame, predicted: dict[str, float], from_policies: dict[str, float], claims: list[Claim]
+) -> list[dict[str, Any]]:
+    """The rows of `judge_claims` before the correction for all claims of their family."""
     rows, collapsed = [], metrics.assign(collapsed=is_collapsed(metrics)).groupby("run")["collapsed"].sum()
     for claim in claims:
         by_seed = metrics.pivot(index="seed", columns="run", values=claim.metric)
@@ -189,7 +196,7 @@ def judge_claims(
         note = f"collapsed: {', '.join(fallen)}" if fallen else ""
         given = predicted.get(claim.id), from_policies.get(claim.id)
         rows.append(judged_row(claim, interval, paired_test(differences), *given, note=note))
-    return corrected_family(rows)
+    return rows
 
 
 def verdict_of_amount(gap: tuple[float, float], predicted: float) -> Verdict:

@@ -13,11 +13,18 @@ import numpy as np
 import pandas as pd
 
 from nondecoupling import runs, theory
-from nondecoupling.claims import Claim, corrected_family, judge_claims, judged_row, label_log_odds
+from nondecoupling.claims import Claim, corrected_family, judged_row, judged_rows, label_log_odds
 from nondecoupling.flags import is_collapsed
 from nondecoupling.profile import Study
-from nondecoupling.statistics import Interval, Significance, bootstrap_interval, mcc_interval, mcnemar, mean_interval
-from nondecoupling.statistics import paired_test as paired
+from nondecoupling.statistics import (
+    Interval,
+    Significance,
+    bootstrap_interval,
+    mcc_interval,
+    mcnemar,
+    mean_interval,
+    paired_test,
+)
 
 CONTROLS = [
     Claim("K1", "RL raises the SFT loss more than as many further SFT steps", "sft_loss", "sft-rl", "sft-sft", +1, "-"),
@@ -134,8 +141,7 @@ def judge_controls(
     present = set(metrics["run"])
     perfect, policies = predictions_for_controls(study, root, rows, metrics)
     possible = [claim for claim in CONTROLS if {claim.before, claim.after} <= present]
-    judged = judge_claims(metrics, perfect, policies, possible)
-    judged = [{k: v for k, v in row.items() if k != "p_holm"} for row in judged]
+    judged = judged_rows(metrics, perfect, policies, possible)
     if COLLAPSE.after in present:
         fallen = is_collapsed(metrics[metrics["run"] == COLLAPSE.after])
         share, n = float(fallen.mean()), len(fallen)
@@ -147,7 +153,7 @@ def judge_controls(
     ahead = (shares["reward"] - shares["loss"]).to_numpy()
     judged.append(
         judged_row(
-            STOPPING, mean_interval(ahead), paired(ahead), None, None, quantity="share of reward - share of loss"
+            STOPPING, mean_interval(ahead), paired_test(ahead), None, None, quantity="share of reward - share of loss"
         )
     )
     return corrected_family(sorted(judged, key=lambda row: int(row["id"][1:])))
@@ -207,9 +213,9 @@ def judge_joint(root: Path, metrics: pd.DataFrame, joint_runs: list[str]) -> lis
         words = f"'{run}' earns more than sequential training at its SFT loss"
         claim = Claim(f"J1-{run}", words, "reward", run, "sequential", +1, "-")
         quantity = f"reward: {run} - best sequential policy at any temperature"
-        judged.append(judged_row(claim, mean_interval(sampled), paired(sampled), None, None, quantity))
+        judged.append(judged_row(claim, mean_interval(sampled), paired_test(sampled), None, None, quantity))
         claim = Claim(f"J2-{run}", f"'{run}' earns more with greedy answers", "reward_greedy", run, rival, +1, "-")
-        judged.append(judged_row(claim, mean_interval(greedy), paired(greedy), None, None))
+        judged.append(judged_row(claim, mean_interval(greedy), paired_test(greedy), None, None))
     return corrected_family(judged)
 
 
