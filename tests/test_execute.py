@@ -107,9 +107,9 @@ def test_every_run_of_every_seed_waits_for_its_parent(results, groups):
             before = [name for name in (run.parent, run.proxy) if name]
             expected = {str(runs.run_folder(root, name, seed) / "metrics.json") for name in before}
             assert {path for path in needed if path.endswith("metrics.json")} == expected
-            assert str(root / "settings" / f"{run.name}.json") in needed
-            assert str(execute.NOTEBOOKS / f"{notebooks[run.stage]}.ipynb") in needed
-            assert str(execute.SOURCES / "training.py") in needed
+            settings = root / "settings" / f"{run.name}.json"
+            assert str(settings) in needed
+            assert {f"{notebooks[run.stage]}.ipynb", "training.py"} < set(runs.read_json(settings)["code"])
     assert str(root / "data" / "metrics.json") in rules[str(root / "base" / "metrics.json")]
 
 
@@ -220,6 +220,71 @@ def test_overrides_of_a_run_are_in_its_settings():
     study = study.model_copy(update={"profile": study.profile.model_copy(update={"runs": plan})})
     assert execute.relevant_settings(study, "sft-rl")["rl"]["beta"] == 9.0
     assert execute.relevant_settings(study, "rl")["rl"]["beta"] == 0.5
+
+
+# Code
+
+
+def edited(notebook, folder, edit):
+    """A copy in ``folder`` of a committed notebook, after ``edit`` has changed its cells."""
+    content = json.loads((execute.NOTEBOOKS / notebook).read_text(encoding="utf-8"))
+    edit(content["cells"])
+    (folder / notebook).write_text(json.dumps(content), encoding="utf-8")
+    return folder / notebook
+
+
+def clear_outputs(cells):
+    for cell in cells:
+        cell.pop("outputs", None)
+        cell["id"] = "another"
+
+
+def reword(cells):
+    cells[0]["source"] = ["# Another title"]
+
+
+def recode(cells):
+    next(cell for cell in cells if cell["cell_type"] == "code")["source"].append("\nfirst = 1")
+
+
+@pytest.mark.parametrize(("edit", "same"), [(clear_outputs, True), (reword, True), (recode, False)])
+def test_only_the_code_of_a_notebook_makes_its_results_stale(tmp_path, edit, same):
+    changed = edited("04_rl.ipynb", tmp_path, edit)
+    assert (execute.code_hashes(changed) == execute.code_hashes(execute.NOTEBOOKS / "04_rl.ipynb")) == same
+
+
+def forget_code():
+    for function in (execute.used_modules, execute.code_hashes):
+        function.cache_clear()
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A copy of the package's sources, in which rules look for modules."""
+    shutil.copytree(execute.SOURCES, tmp_path / "sources")
+    monkeypatch.setattr(execute, "SOURCES", tmp_path / "sources")
+    yield tmp_path / "sources"
+    forget_code()
+
+
+def test_an_edited_module_makes_the_runs_that_use_it_stale_and_a_new_time_does_not(results, sources):
+    def rewritten():
+        forget_code()  # each make is a process of its own
+        for path in (results / "nano" / "settings").glob("*.json"):
+            runs.os.utime(path, (1, 1))
+        write_rules(load_study("nano"))
+        return {path.stem for path in (results / "nano" / "settings").glob("*.json") if path.stat().st_mtime != 1}
+
+    assert rewritten() == {"data", "base", "sft", "sft-rl", "rl", "rl-sft", "theory", "claims"}
+    for path in sources.glob("*.py"):
+        runs.os.utime(path)
+    assert rewritten() == set()
+    with (sources / "figures.py").open("a") as module:
+        module.write("# an edit\n")
+    assert rewritten() == {"theory", "claims"}
+    with (sources / "reinforcement.py").open("a") as module:
+        module.write("# an edit\n")
+    assert rewritten() == {"rl", "sft-rl"}
 
 
 # Parameters of notebooks

@@ -7,6 +7,7 @@ Every parameter is checked before a kernel starts. A notebook that fails keeps i
 import argparse
 import ast
 import functools
+import hashlib
 import json
 import os
 import re
@@ -81,18 +82,38 @@ def imported_modules(code: str) -> set[str]:
     return modules
 
 
+def code_of(notebook: Path) -> str:
+    """The code of ``notebook``: what decides its results, unlike its prose and the outputs it is committed with."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
 @functools.cache
 def used_modules(notebook: Path) -> list[Path]:
     """Source files of this package that ``notebook`` imports, directly or through others."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    waiting, found = imported_modules(re.sub(r"^%.*$", "", code, flags=re.MULTILINE)), set()
+    waiting, found = imported_modules(re.sub(r"^%.*$", "", code_of(notebook), flags=re.MULTILINE)), set()
     while waiting:
         path = SOURCES / f"{waiting.pop()}.py"
         if path not in found:
             found.add(path)
             waiting |= imported_modules(path.read_text(encoding="utf-8"))
     return sorted(found)
+
+
+def notebook_of(study: Study, run: str) -> Path:
+    """The notebook that makes ``run``."""
+    return NOTEBOOKS / f"{NOTEBOOK_OF[stage_of(study, run)]}.ipynb"
+
+
+@functools.cache
+def code_hashes(notebook: Path) -> dict[str, str]:
+    """sha256 of the code that makes a run, by file name: that of ``notebook`` and of the modules it uses.
+
+    Contents, because times say too much: git gives every file that it checks out a new one.
+    """
+    texts = {notebook.name: code_of(notebook)}
+    texts |= {path.name: path.read_text(encoding="utf-8") for path in used_modules(notebook)}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def relevant_settings(study: Study, run: str) -> dict[str, Any]:
@@ -103,9 +124,8 @@ def relevant_settings(study: Study, run: str) -> dict[str, Any]:
 
 
 def prerequisites(study: Study, root: Path, run: str, seed: int, plan: list[tuple[str, int]]) -> list[Path]:
-    """Files that the result of ``run`` is made from: notebook, modules, settings, and the runs before it."""
-    notebook = NOTEBOOKS / f"{NOTEBOOK_OF[stage_of(study, run)]}.ipynb"
-    files = [notebook, *used_modules(notebook), root / "settings" / f"{run}.json"]
+    """Files that the result of ``run`` is made from: its settings and code, the user's data, and the runs before it."""
+    files = [root / "settings" / f"{run}.json"]
     if run == "data" and study.profile.data.folder:
         return files + sorted(Path(study.profile.data.folder).glob("*.tsv"))
     if run == "data":
@@ -135,7 +155,10 @@ def finished_groups(study: Study, seeds: list[int]) -> list[str]:
 
 
 def write_rules(study: Study, plan: list[tuple[str, int]], seeds_text: str, args: argparse.Namespace) -> Path:
-    """Write make rules for ``plan``, and the settings they depend on, to the study's folder; returns their file."""
+    """Write make rules for ``plan``, and what they depend on, to the study's folder; returns their file.
+
+    A run's settings file, which holds what its code is, too, is rewritten only where that changes what it says.
+    """
     root, seeds = runs.study_folder(study), parse_seeds(seeds_text)
     (root / "settings").mkdir(parents=True, exist_ok=True)
     command = shlex.join(
@@ -151,7 +174,8 @@ def write_rules(study: Study, plan: list[tuple[str, int]], seeds_text: str, args
     ]
     for run, seed in plan:
         settings = root / "settings" / f"{run}.json"
-        content = relevant_settings(study, run) | ({"seeds": seeds} if run in SUMMARIES else {})
+        content = relevant_settings(study, run) | {"code": code_hashes(notebook_of(study, run))}
+        content |= {"seeds": seeds} if run in SUMMARIES else {}
         if not settings.exists() or runs.read_json(settings) != content:
             runs.write_json(settings, content)
         files = " ".join(str(path) for path in prerequisites(study, root, run, seed, plan))
@@ -180,8 +204,7 @@ def execute(study: Study, run: str, seed: int, seeds: str, options: dict[str, An
 
     Raises ValueError before a kernel starts for bad parameters, RuntimeError naming the kept notebook if a cell fails.
     """
-    root = runs.study_folder(study)
-    notebook = NOTEBOOKS / f"{NOTEBOOK_OF[stage_of(study, run)]}.ipynb"
+    root, notebook = runs.study_folder(study), notebook_of(study, run)
     parameters = dict(options)
     if run in SUMMARIES:
         parameters["seeds"] = seeds
