@@ -212,7 +212,7 @@ def test_one_seed_is_judged_over_its_sentences(tmp_path):
         folder = runs.run_folder(tmp_path, run, 4)
         folder.mkdir(parents=True)
         predictions_at(p).to_parquet(folder / runs.predictions_file("dev"))
-    row = controls.compare_sentences(tmp_path, 4, "rl", "rl-sft")
+    row = claims.compare_sentences(tmp_path, 4, "rl", "rl-sft")
     assert row["more right"] == "-6"
     assert float(row["McNemar p"]) == pytest.approx(mcnemar(np.ones(40), np.arange(40) >= 6).p_value, rel=0.01)
     change = (34 * (math.log(0.8) - math.log(0.9)) + 6 * (math.log(0.8) - math.log(0.3))) / 40

@@ -20,7 +20,8 @@ MODULES = {
     "04_rl": STAGES | {"flags", "reinforcement"},
     "05_joint": STAGES | {"flags", "reinforcement", "theory"},
     "06_theory": SUMMARIES | {"sweep"},
-    "07_claims": SUMMARIES | {"controls"},
+    "06_controls": SUMMARIES | {"controls"},
+    "07_claims": SUMMARIES,
 }
 ARGUMENTS = argparse.Namespace(profile="nano", data="", model="", set="", jobs=2)
 
@@ -74,7 +75,7 @@ def test_an_edited_figure_concerns_only_the_notebooks_that_draw():
         for name in execute.NOTEBOOK_OF.values()
         if "figures" in {path.stem for path in execute.used_modules(execute.NOTEBOOKS / f"{name}.ipynb")}
     }
-    assert users == {"06_theory", "07_claims"}
+    assert users == {"06_theory", "06_controls", "07_claims"}
 
 
 def test_imports_are_found_in_every_form():
@@ -99,7 +100,8 @@ def test_every_run_of_every_seed_waits_for_its_parent(results, groups):
     root, rules = results / "nano", rules_of(study, groups)
     planned = [run for run in study.profile.runs if run.group in groups]
     once = [run for run in planned if run.stage == "base"]
-    assert len(rules) == 2 + 2 + len(once) + (len(planned) - len(once)) * 2 + 2
+    summaries = 3 if "controls" in groups else 2
+    assert len(rules) == 2 + 2 + len(once) + (len(planned) - len(once)) * 2 + summaries
     notebooks = {"base": "02_base", "sft": "03_sft", "reward": "04_proxy", "rl": "04_rl", "joint": "05_joint"}
     for seed in (0, 1):
         for run in planned:
@@ -114,14 +116,19 @@ def test_every_run_of_every_seed_waits_for_its_parent(results, groups):
 
 
 @pytest.mark.parametrize("groups", [["main"], ["main", "sweep"], execute.GROUPS])
-def test_summaries_wait_for_all_runs_and_the_report_for_the_claims(results, groups):
+def test_summaries_wait_for_the_runs_they_read_and_the_report_for_the_claims(results, groups):
     study = load_study("nano")
     root, rules = results / "nano", rules_of(study, groups)
-    planned = [run for run in study.profile.runs if run.group in groups and run.stage != "base"]
-    everything = {str(root / f"seed{seed}" / run.name / "metrics.json") for seed in (0, 1) for run in planned}
-    for summary in ("theory", "claims"):
-        assert {path for path in rules[str(root / f"{summary}.json")] if path.endswith("metrics.json")} == everything
+    has_controls = "controls" in groups
+    assert (str(root / "controls.json") in rules) == has_controls
+    for summary, read in execute.READS.items():
+        planned = [run for run in study.profile.runs if run.group in groups and run.group in read]
+        expected = {str(runs.run_folder(root, run.name, seed) / "metrics.json") for seed in (0, 1) for run in planned}
+        needed = rules.get(str(root / f"{summary}.json"), [])
+        if needed or summary != "controls":
+            assert {path for path in needed if path.endswith("metrics.json")} == expected
     assert str(root / "theory.json") in rules[str(root / "claims.json")]
+    assert (str(root / "controls.json") in rules[str(root / "claims.json")]) == has_controls
     first, *drawn_with = rules[str(root / "report.html")]
     assert first == str(root / "claims.json")
     assert {runs.Path(path).name for path in drawn_with} >= {"report.py", "report.html.j2"}
@@ -149,7 +156,8 @@ def test_every_run_is_planned_after_its_parent(groups):
     study = load_study("nano")
     planned = execute.planned_runs(study, [0, 1], groups)
     assert planned[:2] == [("data", 0), ("base", 0)]
-    assert planned[-2:] == [("theory", 0), ("claims", 0)]
+    summaries = [name for name in execute.SUMMARIES if name != "controls" or "controls" in groups]
+    assert planned[-len(summaries) :] == [(name, 0) for name in summaries]
     assert len(planned) == len(set(planned))
     for seed in (0, 1):
         for run in [run for run in study.profile.runs if run.group in groups]:
@@ -294,7 +302,7 @@ def test_an_edited_module_makes_the_runs_that_use_it_stale_and_a_new_time_does_n
 def test_notebooks_take_what_they_are_given(notebook):
     parameters = {"profile": "nano", "data": "", "model": "", "overrides": {"rl.beta": 0.5}}
     own = {"03_sft": {"run": "sft", "seed": 1}, "04_rl": {"run": "rl", "seed": 1}}
-    own |= {"06_theory": {"seeds": "0-4"}, "07_claims": {"seeds": "0-4"}}
+    own |= {"06_theory": {"seeds": "0-4"}, "06_controls": {"seeds": "0-4"}, "07_claims": {"seeds": "0-4"}}
     execute.check_parameters(execute.NOTEBOOKS / f"{notebook}.ipynb", parameters | own.get(notebook, {}))
 
 
@@ -435,6 +443,7 @@ def test_the_state_of_every_run_is_listed(results, capsys):
         "seed 0 · rl": "interrupted",
         "seed 0 · rl-sft": "missing",
         "theory": "complete",
+        "controls": "missing",
         "claims": "missing",
     }
 

@@ -142,7 +142,7 @@ def test_a_plan_that_is_no_graph_is_refused(edit, plan, message):
         edit(put("runs", value=[{"name": name, "stage": "sft", "parent": parent} for name, parent in plan]))
 
 
-@pytest.mark.parametrize("name", ["theory", "claims"])
+@pytest.mark.parametrize("name", ["theory", "controls", "claims"])
 def test_a_run_cannot_take_the_name_of_another_part_of_the_study(edit, name):
     with pytest.raises(ValueError, match=name):
         edit(put("runs", value=[{"name": name, "stage": "sft", "parent": "base"}]))

@@ -184,9 +184,12 @@ def test_without_any_results_one_is_told_what_to_run(study):
 
 def test_the_reference_is_read_until_all_runs_of_all_seeds_are_finished(study):
     root, reference = runs.study_folder(study), runs.reference_folder(study)
-    reference.mkdir(parents=True)
     for run, seed in (("sft", 0), ("sft-rl", 0), ("sft", 1)):
         finish(study, root, run, seed)
+        finish(study, reference, run, seed)
+    with pytest.raises(FileNotFoundError, match=r"for these seeds.*make reproduce"):
+        runs.results_to_read(study, [0, 1])
+    finish(study, reference, "sft-rl", 1)
     assert runs.results_to_read(study, [0]) == root
     assert runs.results_to_read(study, [0, 1]) == reference
     finish(study, root, "sft-rl", 1)

@@ -25,7 +25,16 @@ from scipy import stats
 from nondecoupling import corpus, runs, theory
 from nondecoupling.flags import is_collapsed
 from nondecoupling.profile import Study
-from nondecoupling.statistics import Interval, Significance, holm, mean_interval, paired_test
+from nondecoupling.statistics import (
+    Interval,
+    Significance,
+    bootstrap_interval,
+    holm,
+    mcc_interval,
+    mcnemar,
+    mean_interval,
+    paired_test,
+)
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 
@@ -197,6 +206,38 @@ def judged_rows(
         given = predicted.get(claim.id), from_policies.get(claim.id)
         rows.append(judged_row(claim, interval, paired_test(differences), *given, note=note))
     return rows
+
+
+def compare_sentences(root: Path, seed: int, before: str, after: str) -> dict[str, Any]:
+    """One seed's change from ``before`` to ``after``, judged over dev sentences: what a single run can say.
+
+    Loss and sampled reward with a paired bootstrap over sentences, MCC likewise, greedy accuracy with McNemar's exact
+    test. The interval is over sentences, for these two policies; it says nothing about other seeds.
+    """
+    (odds_before, answers), (odds_after, later) = (
+        label_log_odds(runs.run_folder(root, run, seed)) for run in (before, after)
+    )
+    labels = answers["label"].to_numpy()
+
+    def of_label(table: pd.DataFrame) -> np.ndarray:
+        return np.where(labels == 1, table["logp_acceptable"], table["logp_unacceptable"])
+
+    loss, reward = of_label(answers) - of_label(later), 2 * (np.exp(of_label(later)) - np.exp(of_label(answers)))
+    said = [(odds > 0).astype(int) for odds in (odds_before, odds_after)]
+    test = mcnemar(said[0] == labels, said[1] == labels)
+
+    def shown(interval: Interval) -> str:
+        return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+    return {
+        "seed": seed,
+        "change": f"{before} to {after}",
+        "SFT loss": shown(bootstrap_interval(loss, seed=seed)),
+        "reward": shown(bootstrap_interval(reward, seed=seed)),
+        "MCC": shown(mcc_interval(labels, said[0], said[1], seed=seed)),
+        "more right": f"{test.statistic:+.0f}",
+        "McNemar p": f"{test.p_value:.2g}",
+    }
 
 
 def verdict_of_amount(gap: tuple[float, float], predicted: float) -> Verdict:

@@ -16,15 +16,7 @@ from nondecoupling import runs, theory
 from nondecoupling.claims import Claim, corrected_family, judged_row, judged_rows, label_log_odds
 from nondecoupling.flags import is_collapsed
 from nondecoupling.profile import Study
-from nondecoupling.statistics import (
-    Interval,
-    Significance,
-    bootstrap_interval,
-    mcc_interval,
-    mcnemar,
-    mean_interval,
-    paired_test,
-)
+from nondecoupling.statistics import Interval, Significance, mean_interval, paired_test
 
 CONTROLS = [
     Claim("K1", "RL raises the SFT loss more than as many further SFT steps", "sft_loss", "sft-rl", "sft-sft", +1, "-"),
@@ -239,35 +231,3 @@ def joint_answer(rows: list[dict[str, Any]]) -> str:
     sampled = summary("J1", "In sampled reward at equal SFT loss")
     greedy = summary("J2", "In greedy reward")
     return f"{sampled}. {greedy}. (Means over {seeds} seeds with 95 % intervals; Holm's correction.)"
-
-
-def compare_sentences(root: Path, seed: int, before: str, after: str) -> dict[str, Any]:
-    """One seed's change from ``before`` to ``after``, judged over dev sentences: what a single run can say.
-
-    Loss and sampled reward with a paired bootstrap over sentences, MCC likewise, greedy accuracy with McNemar's exact
-    test. The interval is over sentences, for these two policies; it says nothing about other seeds.
-    """
-    (odds_before, answers), (odds_after, later) = (
-        label_log_odds(runs.run_folder(root, run, seed)) for run in (before, after)
-    )
-    labels = answers["label"].to_numpy()
-
-    def of_label(table: pd.DataFrame) -> np.ndarray:
-        return np.where(labels == 1, table["logp_acceptable"], table["logp_unacceptable"])
-
-    loss, reward = of_label(answers) - of_label(later), 2 * (np.exp(of_label(later)) - np.exp(of_label(answers)))
-    said = [(odds > 0).astype(int) for odds in (odds_before, odds_after)]
-    test = mcnemar(said[0] == labels, said[1] == labels)
-
-    def shown(interval: Interval) -> str:
-        return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
-
-    return {
-        "seed": seed,
-        "change": f"{before} to {after}",
-        "SFT loss": shown(bootstrap_interval(loss, seed=seed)),
-        "reward": shown(bootstrap_interval(reward, seed=seed)),
-        "MCC": shown(mcc_interval(labels, said[0], said[1], seed=seed)),
-        "more right": f"{test.statistic:+.0f}",
-        "McNemar p": f"{test.p_value:.2g}",
-    }

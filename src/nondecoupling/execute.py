@@ -34,6 +34,7 @@ NOTEBOOK_OF = {
     "rl": "04_rl",
     "joint": "05_joint",
     "theory": "06_theory",
+    "controls": "06_controls",
     "claims": "07_claims",
 }
 MEMORY_ADVICE = "use JOBS=1, or lower sft.rows_per_pass, rl.rows_per_pass or evaluation.batch_size (SET=...)"
@@ -42,7 +43,9 @@ RULES = "plan.mk"
 TO_EXECUTE = "NONDECOUPLING_TO_EXECUTE"  # environment variable by which a study tells its runs how many they are
 QUIET_KERNEL = ["--log-level=CRITICAL"]  # else every kernel prints a warning about TCP
 GROUPS = ("main", "sweep", "controls")  # of the plan; make reproduce, make theory and make study add them up
-SUMMARIES = ("theory", "claims")  # notebooks that read runs and write <name>.json beside them
+# Notebooks that read the runs of some groups and write <name>.json beside them, in the order in which they run.
+READS = {"theory": ("main", "sweep"), "controls": ("main", "controls"), "claims": ("main",)}
+SUMMARIES = tuple(READS)
 # Sections of the profile that decide a stage's result, besides its parent.
 SETTINGS_OF = {
     "data": ["data"],
@@ -52,6 +55,7 @@ SETTINGS_OF = {
     "rl": ["data", "prompt", "model", "adaptation", "rl", "evaluation"],
     "joint": ["data", "prompt", "model", "adaptation", "rl", "joint", "evaluation"],
     "theory": ["data", "rl"],
+    "controls": ["data", "sft", "rl"],
     "claims": ["data", "rl"],
 }
 
@@ -132,10 +136,10 @@ def prerequisites(study: Study, root: Path, run: str, seed: int, plan: list[tupl
         return files
     if stage_of(study, run) == "base":
         return [*files, target_of(root, "data", 0)]
-    if run == "claims":
-        files.append(target_of(root, "theory", 0))
     if run in SUMMARIES:
-        return files + [target_of(root, *entry) for entry in plan if entry[0] not in (*runs.SHARED_RUNS, *SUMMARIES)]
+        before = [entry.name for group in READS[run] for entry in study.runs_of(group)]
+        before += [name for name in SUMMARIES if run == "claims" and name != run]
+        return files + [target_of(root, *entry) for entry in plan if entry[0] in before]
     before = [name for name in (study.run(run).parent, study.run(run).proxy) if name]
     return files + [target_of(root, name, seed) for name in before]
 
@@ -145,7 +149,8 @@ def planned_runs(study: Study, seeds: list[int], groups: Collection[str]) -> lis
     entries = [entry for entry in study.profile.runs if entry.group in groups]
     shared = [(entry.name, 0) for entry in entries if entry.name in runs.SHARED_RUNS]
     stages = [(entry.name, seed) for seed in seeds for entry in entries if entry.name not in runs.SHARED_RUNS]
-    return [("data", 0), ("base", 0), *shared, *stages, ("theory", 0), ("claims", 0)]
+    controls = [("controls", 0)] if any(entry.group == "controls" for entry in entries) else []
+    return [("data", 0), ("base", 0), *shared, *stages, ("theory", 0), *controls, ("claims", 0)]
 
 
 def finished_groups(study: Study, seeds: list[int]) -> list[str]:
@@ -421,7 +426,10 @@ def command_reference(study: Study, args: argparse.Namespace) -> None:
         raise RuntimeError(f"{root} is not complete; finish the study first (make reproduce).")
     shutil.rmtree(reference, ignore_errors=True)
     real = not study.profile.data.generated
-    for run, seed in planned_runs(study, seeds, finished_groups(study, seeds))[:-2]:
+    for run, seed in planned_runs(study, seeds, finished_groups(study, seeds)):
+        if run in SUMMARIES:
+            shutil.copy(root / f"{run}.json", reference)
+            continue
         source, copy = (runs.run_folder(folder, run, seed) for folder in (root, reference))
         copy.mkdir(parents=True)
         runs.write_json(copy / runs.METRICS, without_paths(runs.read_json(source / runs.METRICS)))
@@ -433,8 +441,6 @@ def command_reference(study: Study, args: argparse.Namespace) -> None:
             pd.DataFrame(kept).to_parquet(copy / runs.predictions_file("dev"))
         elif not real:
             shutil.copy(source / "in_domain_dev.tsv", copy / "in_domain_dev.tsv")
-    for name in ("claims.json", "theory.json"):
-        shutil.copy(root / name, reference / name)
     shutil.copytree(root / "figures", reference / "figures")
     update_readme(study, seeds)
 

@@ -270,7 +270,7 @@ class Profile(Section):
     def runs_form_a_graph(self) -> "Profile":
         known = {"data": "data", "base": "base"}  # stage of each run listed so far
         for run in self.runs:
-            if run.name in [*known, "theory", "claims"]:
+            if run.name in [*known, "theory", "controls", "claims"]:
                 raise ValueError(f"run '{run.name}' is listed twice or uses a reserved name")
             if run.parent not in known:
                 raise ValueError(f"run '{run.name}' starts from '{run.parent}', which is not listed above it")

@@ -237,19 +237,18 @@ def missing_runs(root: Path, study: Study, seeds: list[int], group: str = "main"
     return [(name, seed) for seed in seeds for name in names if not is_complete(run_folder(root, name, seed))]
 
 
-def results_to_read(study: Study, seeds: list[int]) -> Path:
-    """The study's folder if all runs of ``seeds`` are finished there, else its committed reference results.
+def results_to_read(study: Study, seeds: list[int], group: str = "main") -> Path:
+    """Where all main runs of ``seeds``, and those of ``group``, are finished: the study's folder or else its reference.
 
-    Raises FileNotFoundError where neither exists.
+    Raises FileNotFoundError that says what to run where they are finished in neither.
     """
-    root, reference = study_folder(study), reference_folder(study)
-    if not missing_runs(root, study, seeds):
-        return root
-    if reference.exists():
-        return reference
+    folders = (study_folder(study), reference_folder(study))
+    for folder in folders:
+        if not any(missing_runs(folder, study, seeds, needed) for needed in ("main", group)):
+            return folder
     raise FileNotFoundError(
-        f"{root} is not complete and there are no reference results of '{study.name}'; run the study first "
-        f"(make reproduce)."
+        f"{folders[0]} is not complete and there are no reference results of '{study.name}' for these seeds; run the "
+        f"study first (make {'study' if group == 'controls' else 'reproduce'})."
     )
 
 
