@@ -58,7 +58,7 @@ sweep: SEEDS := $(or $(SEEDS),0-19)
 sweep: $(READY) ## run the study with more seeds (SEEDS=0-19), those that are finished are kept
 	@$(EXECUTE) reproduce $(STUDY) $(HOW)
 
-study: $(READY) ## also run the controls and joint training, some 20 minutes with the embedded model
+study: $(READY) ## also run the controls and joint training, a quarter of an hour more with the embedded model
 	@$(EXECUTE) study $(STUDY) $(HOW)
 
 results/%.json: $(READY) FORCE

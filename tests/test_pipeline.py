@@ -86,6 +86,14 @@ def test_reproduce_leaves_every_result(study):
     assert not [path for path in folder.rglob("*") if "partial" in path.name or "failed" in path.name]
 
 
+def test_executed_notebooks_show_progress_as_lines(study):
+    """A bar would stand still at 0 % in a notebook that nobody watched."""
+    for run in RUNS:
+        text = (study[0] / "seed0" / run / "notebook.ipynb").read_text(encoding="utf-8")
+        assert " s left" in text
+        assert "widget-view" not in text
+
+
 def test_report_stands_beside_the_results(study):
     page = (study[0] / "report.html").read_text(encoding="utf-8")
     assert study[0].name in page

@@ -394,6 +394,19 @@ def test_finite_numbers_are_logged(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(("variable", "quiet"), [("1", True), ("", False)])
+def test_the_bar_is_for_those_who_look_on(monkeypatch, variable, quiet):
+    from tqdm.notebook import tqdm_notebook
+
+    monkeypatch.setattr(training, "tqdm", tqdm_notebook)
+    monkeypatch.setenv("TQDM_DISABLE", variable)
+    state = type("State", (), {"global_step": 1, "max_steps": 10})
+    callback = StageCallback([], lambda: {}, lambda start: None, None)
+    callback.on_train_begin(None, state, None)
+    assert callback.bar.disable == quiet
+    callback.bar.close()
+
+
 @pytest.mark.parametrize("kl", [0.01, -0.01, math.nan])
 def test_a_reference_that_is_not_the_start_stops_the_run(kl):
     with pytest.raises(RuntimeError, match="KL to the reference"):

@@ -419,13 +419,18 @@ def rows_of(rows: list[dict[str, Any]], families: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["id"][0] in families]
 
 
+def readme_claims(rows: list[dict[str, Any]]) -> str:
+    """The paper's claims and ours beside them as a Markdown table."""
+    return markdown_table(claims_table(rows_of(rows, "ABO")))
+
+
 def readme_tables(rows: list[dict[str, Any]], metrics: pd.DataFrame, sweep: list[dict[str, Any]] | None) -> str:
     """The claims, the policies and, where it was run, the sweep of a study as the README's Markdown tables.
 
     ``metrics`` are the final metrics of the group "main". T is left out: the sweep's table shows the same.
     """
-    tables = [claims_table(rows_of(rows, "ABO")), policies_table(metrics), *([sweep_table(sweep)] if sweep else [])]
-    return "\n\n".join(markdown_table(table) for table in tables)
+    tables = [policies_table(metrics), *([sweep_table(sweep)] if sweep else [])]
+    return "\n\n".join([readme_claims(rows), *(markdown_table(table) for table in tables)])
 
 
 def readme_controls(rows: list[dict[str, Any]], metrics: pd.DataFrame) -> str:

@@ -5,6 +5,7 @@ A stage writes a checkpoint whenever it measures the policy, and an interrupted 
 
 import gc
 import math
+import os
 import resource
 import time
 import zlib
@@ -222,7 +223,8 @@ class StageCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", leave=False)
+        quiet = os.environ.get("TQDM_DISABLE") == "1"  # tqdm's bar for notebooks does not ask by itself
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", leave=False, disable=quiet)
         if state.global_step == 0:
             self.measure_if_due(0)
             self.check_start(self.rows[0])
