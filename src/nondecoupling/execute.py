@@ -417,6 +417,7 @@ def command_notebooks(study: Study, args: argparse.Namespace) -> None:
         for path in sorted(NOTEBOOKS.glob("*.ipynb")):
             start = time.perf_counter()
             notebook = nbformat.read(path, as_version=4)
+            notebook.metadata.pop("widgets", None)  # of the last execution; explore's come anew
             place = {"metadata": {"path": str(NOTEBOOKS)}}
             NotebookClient(notebook, kernel_name="python3", resources=place, extra_arguments=QUIET_KERNEL).execute()
             for cell in notebook.cells:
@@ -438,7 +439,9 @@ def command_reference(study: Study, args: argparse.Namespace) -> None:
         raise RuntimeError(f"{root} is not complete; finish the study first (make reproduce).")
     found = runs.read_json(root / "claims.json")[0]["seeds"]
     if found != len(seeds):
-        raise RuntimeError(f"{root / 'claims.json'} is of {found} seeds, not of {len(seeds)}; run make reproduce SEEDS=.")
+        raise RuntimeError(
+            f"{root / 'claims.json'} is of {found} seeds, not of {len(seeds)}; run make reproduce with those seeds first."
+        )
     if reference_claims(study, seeds).name != "claims.json":
         shutil.copy(root / "claims.json", reference_claims(study, seeds))
         update_readme(study, parse_seeds(study.profile.seeds))
