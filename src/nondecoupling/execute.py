@@ -440,7 +440,7 @@ def command_reference(study: Study, args: argparse.Namespace) -> None:
     found = runs.read_json(root / "claims.json")[0]["seeds"]
     if found != len(seeds):
         raise RuntimeError(
-            f"{root / 'claims.json'} is of {found} seeds, not of {len(seeds)}; run make reproduce with those seeds first."
+            f"{root / 'claims.json'} is of {found} seeds, not of {len(seeds)}; run make reproduce with those first."
         )
     if reference_claims(study, seeds).name != "claims.json":
         shutil.copy(root / "claims.json", reference_claims(study, seeds))
