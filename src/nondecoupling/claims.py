@@ -42,6 +42,7 @@ SIGNIFICANT = 0.05  # largest p, after Holm's correction, of a verdict other tha
 LEAST_TOLERANCE = 0.01  # nats of loss, or reward
 PAPER_RIGHT = 365, 354  # sentences of CoLA's 527 that are right after RL, and after SFT on top of it
 STATES = ["base", "sft", "sft-rl", "rl", "rl-sft"]
+FRONTIER_BETAS = np.geomspace(0.3, 30, 60)  # at which frontiers are drawn
 
 
 class Claim(NamedTuple):
@@ -123,6 +124,11 @@ def frontier_from_policies(root: Path, metrics: pd.DataFrame, betas: Iterable[fl
             }
         )
     return pd.DataFrame(points)
+
+
+def perfect_frontier(q: float, betas: np.ndarray) -> pd.DataFrame:
+    """``sft_loss, reward`` per beta of a perfect learner, calibrated to agreement ``q``, at RL's closed form."""
+    return pd.DataFrame({"sft_loss": theory.rl_loss(q, betas), "reward": theory.rl_reward(q, betas)})
 
 
 def predictions_from_policies(study: Study, root: Path, metrics: pd.DataFrame) -> dict[str, float]:

@@ -138,7 +138,7 @@ def prerequisites(study: Study, root: Path, run: str, seed: int, plan: list[tupl
         return [*files, target_of(root, "data", 0)]
     if run in SUMMARIES:
         before = [entry.name for group in READS[run] for entry in study.runs_of(group)]
-        before += [name for name in SUMMARIES if run == "claims" and name != run]
+        before += ["theory", "controls"] if run == "claims" else []
         return files + [target_of(root, *entry) for entry in plan if entry[0] in before]
     before = [name for name in (study.run(run).parent, study.run(run).proxy) if name]
     return files + [target_of(root, name, seed) for name in before]
@@ -442,8 +442,9 @@ def command_reference(study: Study, args: argparse.Namespace) -> None:
         raise RuntimeError(
             f"{root / 'claims.json'} is of {found} seeds, not of {len(seeds)}; run make reproduce with those first."
         )
-    if reference_claims(study, seeds).name != "claims.json":
-        shutil.copy(root / "claims.json", reference_claims(study, seeds))
+    kept_claims = reference_claims(study, seeds)
+    if kept_claims.name != "claims.json":
+        shutil.copy(root / "claims.json", kept_claims)
         update_readme(study, parse_seeds(study.profile.seeds))
         return
     shutil.rmtree(reference, ignore_errors=True)
