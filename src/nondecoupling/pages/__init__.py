@@ -1,0 +1,1 @@
+"""What a reader sees of results: the report, and the notebook to play with."""

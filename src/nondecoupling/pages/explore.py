@@ -1,0 +1,255 @@
+"""What the notebook ``explore`` shows: the studies there are, and one picture or table for every state of its controls.
+
+Nothing is written and nothing is trained here.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from IPython.display import HTML, display
+from ipywidgets import HBox, Layout, ValueWidget, Widget
+from matplotlib.figure import Figure
+from scipy.special import expit
+
+from nondecoupling.analysis import figures, theory
+from nondecoupling.analysis.predictions import label_log_odds
+from nondecoupling.study import folders
+from nondecoupling.study.plan import NAMES, STATES
+from nondecoupling.study.results import PROVENANCE, Results, read_results
+
+if TYPE_CHECKING:  # reading results needs no torch, whose import takes seconds
+    from transformers import PreTrainedTokenizerBase
+
+REFERENCE = " (reference)"
+METRICS = {
+    "sft_loss": "SFT loss, nats per response",
+    "reward_exact": "reward of sampled answers, expected",
+    "reward_sampled": "reward of sampled answers, one each",
+    "reward_greedy": "reward of greedy answers",
+    "mcc": "Matthews correlation",
+    "predicted_acceptable_rate": "share answered acceptable",
+    "entropy": "entropy of the answer, nats",
+    "kl_to_base": "KL to the base model, nats",
+    "label_mass": "probability of the two answers together",
+}
+
+
+# Which results there are
+
+
+def find_studies() -> dict[str, Results]:
+    """All studies that have collected results: those run here by name, committed ones with "(reference)" after it."""
+    own, committed = folders.results_root(), folders.REPOSITORY / "results" / "reference"
+    found = {path.parent.name: path.parent for path in sorted(own.glob(f"*/{PROVENANCE}"))}
+    found |= {path.parent.name + REFERENCE: path.parent for path in sorted(committed.glob(f"*/{PROVENANCE}"))}
+    return {name: read_results(None, folder) for name, folder in found.items()}
+
+
+def first_shown(studies: dict[str, Results]) -> str:
+    """The first study that was run here; the embedded study's reference if there is none."""
+    return next((name for name in studies if not name.endswith(REFERENCE)), f"nano{REFERENCE}")
+
+
+def policies_in(results: Results) -> list[str]:
+    """The policies of a study: those of the two experiments, then the others in the plan's order."""
+    names = results.final()["run"].unique().tolist()
+    return STATES + [name for name in names if name not in STATES]
+
+
+# Controls
+
+
+def show_controls(words: str, *controls: Widget) -> None:
+    """Display ``controls`` side by side; where nothing runs, ``words`` take their place."""
+    for control in controls:
+        control.style.description_width = "initial"  # whole words instead of "disagree..."
+    box = HBox(controls, layout=Layout(flex_flow="row wrap"))
+    display(box._repr_mimebundle_() | {"text/plain": words}, raw=True)
+
+
+def show_live(draw: Callable[..., Any], **controls: ValueWidget) -> None:
+    """Display what ``draw`` returns for the controls' values, and again in the same place whenever one of them changes.
+
+    The picture is an ordinary output, so a reader without a kernel sees it, too. Where nothing can be shown, the
+    error's sentence takes its place.
+    """
+
+    def drawn() -> Any:
+        try:
+            content = draw(**{name: control.value for name, control in controls.items()})
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            return HTML(f"<em>{escape(str(error))}</em>")
+        if isinstance(content, Figure):
+            plt.close(content)  # or it would be displayed a second time at the end of the cell
+        return content
+
+    handle = display(drawn(), display_id=True)
+    for control in controls.values():
+        control.observe(lambda _: handle.update(drawn()), "value")
+
+
+# Trajectories
+
+
+def draw_trajectories(results: Results, names: tuple[str, ...], seed: int | None, metric: str) -> Figure:
+    """``metric`` along training: one colour per run, thin lines for seeds, a thick one for their mean.
+
+    ``seed`` None stands for all seeds.
+    """
+    table = results.trajectories[results.trajectories["run"].isin(names)]
+    table = table if seed is None else table[table["seed"] == seed]
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for place, (run, part) in enumerate(table.groupby("run", sort=False)):
+        colour = figures.COLOURS.get(str(run), f"C{place}")
+        for _, one in part.groupby("seed"):
+            axes.plot(one["step"], one[metric], color=colour, linewidth=0.7, alpha=0.6)
+        mean = part.groupby("step")[metric].mean()
+        axes.plot(mean.index, mean, color=colour, linewidth=2.4, marker="o", label=NAMES.get(str(run), run))
+    axes.set(xlabel="steps of the stage (0: its start)", ylabel=METRICS[metric])
+    if len(table):
+        axes.legend(frameon=False)
+    else:
+        axes.set_title("no such run is finished: choose runs and a seed that are")
+    return figure
+
+
+# Closed forms
+
+
+def final_states(results: Results) -> pd.DataFrame:
+    """``run, seed, beta, sft_loss, reward_exact`` of the study's policies on dev; beta is nan unless RL made them."""
+    study = results.study
+    rl = [run for run in study.runs if run.stage == "rl"]
+    betas = {run.name: study.settings_of(run).rl.beta for run in rl}
+    metrics = results.final()
+    return metrics.assign(beta=metrics["run"].map(betas))[["run", "seed", "beta", "sft_loss", "reward_exact"]]
+
+
+def draw_closed_forms(disagreement: float, beta: float, measured: pd.DataFrame) -> Figure:
+    """What ideal SFT and RL would do if annotators disagreed so often, with ``measured`` final states as points.
+
+    Left the plane of both goals, right the rise of the SFT loss by RL after SFT against beta.
+    """
+    q, betas = 1 - disagreement, np.geomspace(20, 0.05, 150)
+    figure, (plane, rise) = plt.subplots(1, 2, figsize=(11, 4.2))
+    loss, reward = theory.rl_loss(q, betas), theory.rl_reward(q, betas)
+    plane.plot(loss, reward, color="0.6", linewidth=5, alpha=0.5, label="ideal RL, all β")
+    plane.plot(
+        theory.calibrated_loss(q), theory.calibrated_reward(q), "ko", markersize=9, label="calibrated (ideal SFT)"
+    )
+    plane.plot(
+        theory.rl_loss(q, beta), theory.rl_reward(q, beta), "ks", markersize=9, label=f"ideal RL, β = {beta:.2g}"
+    )
+    plane.plot(
+        theory.calibrated_loss(q), theory.sharp_reward(q), "k*", markersize=14, label="calibrated, greedy answers"
+    )
+    for run, part in measured[measured["run"].isin(STATES)].groupby("run", sort=False):
+        name = NAMES[str(run)]
+        plane.scatter(
+            part["sft_loss"], part["reward_exact"], color=figures.COLOURS[str(run)], s=28, label=f"measured {name}"
+        )
+    right = max(1.2, 1.1 * measured["sft_loss"].max())
+    plane.set(xlim=(0, right), ylim=(min(-0.05, measured["reward_exact"].min() - 0.1), 1.05))
+    plane.set(xlabel="SFT loss, nats (left is better)", ylabel="reward of sampled answers (up is better)")
+    plane.legend(fontsize=8, loc="lower right")
+    c1 = loss - theory.calibrated_loss(q)
+    rise.plot(betas, c1, color="0.6", linewidth=5, alpha=0.5, label="ideal RL: C1(β)")
+    rise.plot(beta, theory.rl_loss(q, beta) - theory.calibrated_loss(q), "ks", markersize=9)
+    changes = rises_after_sft(measured)
+    rise.scatter(changes["beta"], changes["rise"], color=figures.COLOURS["sft-rl"], s=28, label="measured SFT → RL")
+    rise.set(xscale="log", xlabel="β, reward per nat of KL", ylabel="rise of the SFT loss, nats", ylim=(-0.1, 3))
+    rise.legend(fontsize=8)
+    return figure
+
+
+def rises_after_sft(measured: pd.DataFrame) -> pd.DataFrame:
+    """``beta, rise``: how much RL after SFT raised the SFT loss, for each such run and seed of ``measured``."""
+    # The runs of the sweep differ in beta only; other names that begin with sft-rl are controls.
+    after = measured[measured["run"].str.fullmatch(r"sft-rl(-b[0-9.]+)?")]
+    before = measured[measured["run"] == "sft"].set_index("seed")["sft_loss"]
+    return pd.DataFrame({"beta": after["beta"], "rise": after["sft_loss"] - after["seed"].map(before)}).dropna()
+
+
+# A sentence under every policy
+
+
+@cache
+def load_policies(name: str, seed: int) -> tuple[Results, "PreTrainedTokenizerBase", dict[str, Any]]:
+    """The results of the study ``name``, its tokenizer, and the policies of `STATES` that are there.
+
+    Raises FileNotFoundError that says what to run where there is none.
+    """
+    results = find_studies()[name]
+    study = results.study
+    places = {run: folders.run_folder(results.folder, study.run(run), seed) / folders.POLICY for run in STATES}
+    there = {run: None if run == "base" else place for run, place in places.items() if run == "base" or place.exists()}
+    if len(there) < 2:
+        raise FileNotFoundError(
+            f"There are no policies of seed {seed} in {name}: weights are large, so that of committed results only "
+            f"small ones of one seed are kept; make reproduce makes them."
+        )
+    from transformers.utils import logging
+
+    from nondecoupling.training import models
+    from nondecoupling.training.base import base_folder
+
+    logging.disable_progress_bar()  # five bars of a second each
+    base = base_folder(study, study.run("base"), results.folder)
+    how, adaptation = study.profile.model, study.profile.adaptation
+    policies = {run: models.start_policy(base, place, how, adaptation, seed).eval() for run, place in there.items()}
+    return results, models.load_tokenizer(base), policies
+
+
+def judge_sentence(
+    results: Results, tokenizer: "PreTrainedTokenizerBase", policies: dict[str, Any], sentence: str
+) -> pd.DataFrame:
+    """What each policy makes of ``sentence``: p(acceptable) among the two answers, log p of both, KL in nats.
+
+    KL is that of the answer's distribution from the base model and from the stage before.
+    """
+    from nondecoupling.training.evaluation import mean_outcome_kl, predict
+
+    one, settings = pd.DataFrame([{"sentence": sentence, "label": 1, "source": "typed"}]), results.study.profile
+    answers = {
+        run: predict(model, tokenizer, settings.prompt, one, settings.evaluation) for run, model in policies.items()
+    }
+    rows = {}
+    for run, answer in answers.items():
+        parent = "base" if run == "base" else str(results.study.run(run).parent)
+        rows[NAMES[run]] = {
+            "p(acceptable)": float(expit(label_log_odds(answer))[0]),
+            "log p(acceptable)": answer["logp_acceptable"].iloc[0],
+            "log p(unacceptable)": answer["logp_unacceptable"].iloc[0],
+            "greedy answer": answer["greedy"].iloc[0],
+            "KL to base": mean_outcome_kl(answer, answers["base"]),
+            "KL to the stage before": mean_outcome_kl(answer, answers[parent]) if parent in answers else np.nan,
+        }
+    return pd.DataFrame(rows).T.rename_axis("policy")
+
+
+# Answers that changed
+
+
+def changed_answers(results: Results, before: str, after: str, seed: int) -> pd.DataFrame:
+    """Dev sentences to which two runs give different likelier answers.
+
+    Columns ``sentence, source, label, p_before, p_after`` (p(acceptable) among the two answers) and ``now``, "right" or
+    "wrong" by the label as given.
+    """
+    one, two = (results.answers_of(run, seed) for run in (before, after))
+    p = [expit(label_log_odds(table)) for table in (one, two)]
+    table = one[["sentence", "source", "label"]].assign(p_before=p[0], p_after=p[1])
+    changed = table[(table["p_before"] > 0.5) != (table["p_after"] > 0.5)]
+    right = (changed["p_after"] > 0.5) == (changed["label"] == 1)
+    return changed.assign(now=np.where(right, "right", "wrong"))
+
+
+def count_changes(changed: pd.DataFrame) -> pd.DataFrame:
+    """How many answers became right and wrong, by source, the most changed first."""
+    counts = pd.crosstab(changed["source"], changed["now"]).reindex(columns=["right", "wrong"], fill_value=0)
+    return counts.loc[counts.sum(axis=1).sort_values(ascending=False, kind="stable").index]

@@ -1,0 +1,134 @@
+"""A finished study as one HTML file for a reader with a browser: ``templates/report.html.j2``, filled from results.
+
+The words are in the template, every number comes from the study's tables and from what was made of them. The page loads
+nothing: figures are inside.
+"""
+
+import base64
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import yaml
+
+from nondecoupling.analysis import figures
+from nondecoupling.analysis.controls import OBJECTIONS
+from nondecoupling.analysis.tables import claims_table, policies_table, rows_of, states_table, sweep_table
+from nondecoupling.study import folders
+from nondecoupling.study.contracts import ClaimRow, TheoryFile
+from nondecoupling.study.plan import NAMES, STATES
+from nondecoupling.study.results import Results, read_results
+from nondecoupling.study.study import Study, changed_settings, load_profile
+
+REPORT = "report.html"
+
+
+def claim_group(rows: list[ClaimRow], letters: str) -> list[dict[str, Any]]:
+    """The claims whose ids begin with one of ``letters``, ready to show: verdict, note and the other cells as text.
+
+    Empty if none of them was run.
+    """
+    chosen = rows_of(rows, letters)
+    if all(row["verdict"] == "not run" for row in chosen):
+        return []
+    cells = claims_table(chosen).drop(columns="verdict").to_dict("records")
+    return [
+        {"id": row["id"], "verdict": row["verdict"], "note": row["note"], "cells": record}
+        for row, record in zip(chosen, cells, strict=True)
+    ]
+
+
+def seconds_of(costs: pd.DataFrame) -> pd.Series:
+    """How long each run took, its measurements included."""
+    started, finished = (costs[end].map(datetime.fromisoformat) for end in ("started", "finished"))
+    return (finished - started).dt.total_seconds()
+
+
+def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
+    """Steps, seconds and peak memory of each run, as text."""
+    memory = costs["peak_memory_bytes"] / 2**30
+    return pd.DataFrame(
+        {
+            "run": costs["run"],
+            "seed": costs["seed"].astype("string").fillna("all"),
+            "steps": costs["steps"].map("{:.0f}".format).replace("nan", "-"),
+            "seconds": seconds_of(costs).map("{:.0f}".format),
+            "peak memory, GiB": memory.map("{:.2f}".format).replace("nan", "-"),
+            "commit": costs["commit"],
+        }
+    )
+
+
+def as_image(path: Path) -> str:
+    """An SVG file as a data URI."""
+    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def content_of(results: Results) -> dict[str, Any]:
+    """What the template shows of the results of a study, whose claims and theory are finished."""
+    rows: list[ClaimRow] = results.read("claims.json")
+    theory: TheoryFile = results.read("theory.json")
+    study, shared = results.study, results.provenance["shared"]
+    states = states_table(results.final(*STATES))
+    others = [run.name for run in study.runs_of("controls")]
+    machines = {(shared["cpu"], shared["gpu"])} | {
+        (entry.get("cpu", shared["cpu"]), entry.get("gpu", shared["gpu"]))
+        for entry in results.provenance["runs"].values()
+    }
+    return {
+        "study": study,
+        "profile": study.profile,
+        "changed": changed_settings(load_profile(study.profile.name), study.profile),
+        "seeds": results.seeds,
+        "headline": [row for row in rows if row["id"] in ("A1", "B1", "B3", "O1")],
+        "experiments": claim_group(rows, "AB"),
+        "own": claim_group(rows, "O"),
+        "theorems": claim_group(rows, "T"),
+        "controls": claim_group(rows, "K"),
+        "joint": claim_group(rows, "J"),
+        "states": states.to_dict("index"),
+        "policies": policies_table(results.final(*STATES)),
+        "objections": OBJECTIONS,
+        "other_policies": policies_table(results.final(*others)) if others and results.has(*others) else None,
+        "collapsed": [NAMES[run] for run in states.index[states["collapsed"] != "no"]],
+        "sweep": sweep_table(theory["sweep"]) if theory["sweep"] else None,
+        "figures": {path.stem: as_image(path) for path in sorted((results.folder / "figures").glob("*.svg"))},
+        "data": results.provenance["data"],
+        "machines": [", ".join(filter(None, machine)) for machine in sorted(machines, key=str)],
+        "minutes": seconds_of(results.costs).sum() / 60,
+        "parameters": int(results.costs["parameters"].max()),
+        "costs": cost_table(results.costs),
+        "finished": results.costs["finished"].max(),
+        "shared": shared,
+        "settings": yaml.safe_dump(results.provenance["parameters"], sort_keys=False, allow_unicode=True),
+    }
+
+
+def render_report(content: dict[str, Any]) -> str:
+    """The page for what `content_of` has found."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nondecoupling.pages"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(content)
+
+
+def write_report(study: Study) -> Path:
+    """Write the report of the finished ``study`` to its folder, with the figure that only it has; returns its path.
+
+    Raises FileNotFoundError that says what to run where the study is not finished.
+    """
+    root = folders.study_folder(study)
+    if not (root / "claims.json").exists():
+        raise FileNotFoundError(f"{root / 'claims.json'} is not there; finish the study first (make reproduce).")
+    results = read_results(study, root)
+    figures.set_style()
+    rows = rows_of(results.read("claims.json"), "ABO")
+    figures.save_figure(results, figures.draw_claims(rows, "Predicted and measured"), "predictions")
+    folders.write_text(root / REPORT, render_report(content_of(results)))
+    return root / REPORT

@@ -1,0 +1,149 @@
+"""What result files hold, for programs that read them: a type per file, a sentence per key.
+
+Losses and divergences are in nats, rewards between -1 and 1. Tests validate every committed file against these types.
+"""
+
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
+
+Verdict = Literal["reproduced", "not reproduced", "inconclusive", "not run"]
+
+
+class RunFile(TypedDict):
+    """metrics.json of a run."""
+
+    run: str  # the run's name in the plan
+    stage: str  # data, base, sft, rl, joint or reward_model
+    parent: str | None  # the run whose policy it starts from
+    parents: dict[str, str | None]  # every run that it read, with the sha256 of its metrics.json
+    profile: str  # the profile's name
+    study: str  # the study's folder
+    seed: int | None  # None for runs that serve all seeds
+    status: Literal["complete"]  # nothing else is ever published
+    evaluation: dict[str, dict[str, float]]  # by split, the metrics of the finished policy
+    training: dict[str, Any]  # steps, seconds, memory, numbers of parameters
+    provenance: dict[str, Any]  # code, settings, versions, machine, times
+
+
+class ProvenanceFile(TypedDict):
+    """provenance.json of a study: what all runs share once, and what differs by run."""
+
+    study: str  # the study's folder
+    profile: str  # the profile's name
+    seeds: list[int]  # the seeds whose runs are in the tables
+    chosen: list[str]  # the settings that the user chose, dotted
+    parameters: dict[str, Any]  # every setting of the study
+    shared: dict[str, Any]  # code, versions and machine of most runs
+    data: dict[str, dict[str, float]]  # sentences and majority reward by split
+    runs: dict[str, dict[str, Any]]  # by "seed0/sft": sha256, parents, times, and what is not as in `shared`
+    note: str  # what a reader must know about these runs; empty where nothing
+
+
+class ClaimRow(TypedDict):
+    """One entry of claims.json and controls.json."""
+
+    id: str  # A, B: the paper's; O: ours beside them; T: the theory's; K: controls; J: joint training
+    statement: str  # what is claimed
+    quantity: str  # what is measured, "metric: policy - policy"
+    paper: str  # the paper's number, "-" where it has none
+    predicted: float | None  # the closed form for a perfect learner
+    predicted_from_policies: float | None  # the closed form from the measured policies
+    estimate: float | None  # mean over seeds; None where it was not run
+    ci95: list[float] | None  # its 95 % t interval over seeds; None where there is none
+    seeds: int  # how many were averaged
+    test: str  # the test that p comes from
+    p_value: float | None  # two-sided, uncorrected
+    p_holm: float | None  # after Holm's correction over the family
+    verdict: Verdict  # by the rules of analysis.claims and analysis.controls
+    note: str  # collapses and other warnings
+
+
+class OverSeeds(TypedDict):
+    """A mean over seeds."""
+
+    mean: float
+    ci95: list[float] | None  # 95 % t interval; None for a single seed
+
+
+class Share(OverSeeds):
+    """A share, and its value for every seed."""
+
+    seeds: list[float]
+
+
+class Point(TypedDict):
+    """A policy in the plane of both goals, on the two labels as given."""
+
+    loss: float
+    reward: float
+
+
+class Landing(TypedDict):
+    """One RL run of one seed: where it started, where it should have landed, where it did."""
+
+    run: str
+    seed: int
+    parent: str
+    beta: float
+    start: Point  # the measured policy before RL
+    measured: Point  # the measured policy after RL
+    tilted: Point | None  # ideal RL that knows the truth; None where it is unknown or beta is 0
+    self_tilted: Point | None  # ideal RL that learns nothing new; None where beta is 0
+
+
+class Decoding(TypedDict):
+    """What decoding gets from the SFT policy, next to what RL gets by training it."""
+
+    gain_of_reward: OverSeeds  # of sampled answers, by RL
+    rise_of_loss: OverSeeds  # by RL
+    shares: dict[str, Share]  # of RL's gain that a decoder of the SFT policy has; empty where RL gained nothing
+    gain_of_greedy_reward: OverSeeds  # by RL
+    above_temperature_curve: OverSeeds | None  # RL's reward minus that of the sharpened SFT policy at RL's loss
+
+
+class Change(TypedDict):
+    """A change by RL, measured and predicted."""
+
+    measured: OverSeeds
+    own_belief: float  # predicted from each seed's measured SFT policy
+    perfect_learner: float | None  # predicted for one who knows the truth; None where it is unknown
+    gap_to_own_belief: OverSeeds  # measured minus predicted, seed by seed
+
+
+class SweepEntry(TypedDict):
+    """One run of the sweep of beta, over all seeds."""
+
+    run: str
+    seeds: list[int]
+    beta: float
+    steps: int
+    varied: str  # what it changes besides beta and steps
+    half: str | None  # the run with half of its steps
+    is_half: bool  # whether it is there as the half of another
+    doubling: OverSeeds | None  # what the second half of the steps added to the rise of the loss
+    settled: bool | None  # whether that is next to nothing; None where it cannot be told
+    log_odds_asked: float  # mean size where own belief predicts it
+    log_odds_reached: float  # mean size at the end of training
+    silent_groups: float  # share of groups whose answers are all equal
+    objective: float  # share of what there is to gain in J - beta KL
+    change_of_loss: Change
+    change_of_reward: Change
+
+
+class TheoryFile(TypedDict):
+    """theory.json: what the mathematics says about a study's runs, next to what they measured."""
+
+    q: float | None  # probability of a sentence's likelier label; None where it is unknown
+    beta: float
+    calibrated_loss: float | None  # H(q)
+    calibrated_reward: float | None  # (2q-1)^2
+    sharp_reward: float | None  # 2q-1
+    rl_loss: float | None  # of ideal RL from the calibrated policy
+    rl_reward: float | None
+    c1: float | None  # rl_loss - calibrated_loss
+    runs: list[Landing]
+    identity_gaps: dict[str, float]  # largest violation of each identity on random problems
+    test_time: Decoding
+    fixed_points: dict[str, Any]  # where each variant of GRPO comes to rest
+    sweep: list[SweepEntry] | None  # None where the sweep was not run

@@ -1,0 +1,144 @@
+"""Run folders: where results are, what they hold, and how they come into being (all at once or not at all).
+
+A run is written to ``<run>.partial`` and renamed to ``<run>`` when it is complete, so that a folder without that ending
+is a result.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nondecoupling.study.plan import Run
+from nondecoupling.study.study import Study
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+METRICS, TRAJECTORY, LOG, POLICY = "metrics.json", "trajectory.csv", "log.csv", "policy"
+MEASURED = "measured.json"  # the last file of a checkpoint
+
+
+def results_root() -> Path:
+    """``results/`` of this checkout, or the folder that NONDECOUPLING_RESULTS names."""
+    return Path(os.environ.get("NONDECOUPLING_RESULTS") or REPOSITORY / "results")
+
+
+def study_folder(study: Study) -> Path:
+    """Where the results of ``study`` are written."""
+    return results_root() / study.name
+
+
+def reference_folder(study: Study) -> Path:
+    """Where the committed reference results of ``study`` are, if there are any."""
+    return REPOSITORY / "results" / "reference" / study.name
+
+
+def run_folder(root: Path, run: Run, seed: int) -> Path:
+    """The folder of one run under a study's folder ``root``."""
+    return root / run.name if run.once else root / f"seed{seed}" / run.name
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether ``folder`` holds a finished run."""
+    return (folder / METRICS).exists()
+
+
+def require_complete(folder: Path, needed_by: str) -> Path:
+    """``folder`` if it holds a finished run; FileNotFoundError that says what to run first otherwise."""
+    if not is_complete(folder):
+        raise FileNotFoundError(
+            f"{needed_by} needs the finished run {folder}, which is not there; run its notebook first (make reproduce)."
+        )
+    return folder
+
+
+def parent_hashes(study: Study, root: Path, run: Run, seed: int) -> dict[str, str | None]:
+    """sha256 of the metrics.json of each parent of ``run``, by name; None where the parent is not finished."""
+    files = {name: run_folder(root, study.run(name), seed) / METRICS for name in run.parents}
+    return {name: sha256(path) if path.exists() else None for name, path in files.items()}
+
+
+def open_run(root: Path, run: Run, seed: int) -> Path:
+    """A new, empty ``<run>.partial`` folder; what an interrupted attempt left there is removed."""
+    folder = run_folder(root, run, seed)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def checkpoints_folder(root: Path, run: Run, seed: int) -> Path:
+    """Where an unfinished run keeps its checkpoints."""
+    folder = run_folder(root, run, seed)
+    return folder.with_name(folder.name + ".checkpoints")
+
+
+def last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path | None:
+    """The newest whole checkpoint in ``folder`` of a run of the same ``identity``, None if there is none.
+
+    Whatever else is in the folder is removed, and ``identity`` is left there for the next attempt.
+    """
+    owner = folder / "identity.json"
+    if not owner.exists() or read_json(owner) != identity:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(owner, identity)
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{MEASURED}")]
+    for path in folder.glob("checkpoint-*"):
+        if path not in whole:
+            shutil.rmtree(path)
+    return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
+def publish(partial: Path) -> Path:
+    """Turn a partial run into a result by renaming it; it must hold readable metrics with status "complete".
+
+    The checkpoints that led to it are removed.
+    """
+    metrics = read_json(partial / METRICS)
+    if metrics.get("status") != "complete":
+        raise ValueError(f"{partial / METRICS} has status {metrics.get('status')!r}; only complete runs are published.")
+    folder = partial.with_name(partial.name.removesuffix(".partial"))
+    if folder.exists():
+        retired = folder.with_name(folder.name + ".old")
+        shutil.rmtree(retired, ignore_errors=True)
+        folder.rename(retired)
+        shutil.rmtree(retired)
+    partial.rename(folder)
+    shutil.rmtree(folder.with_name(folder.name + ".checkpoints"), ignore_errors=True)
+    (folder / METRICS).touch()  # newer than everything it was made from, as make wants it
+    return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that ``path`` is either the old file or the whole new one. NaN is refused."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file so that ``path`` is either the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def answers_file(split: str) -> str:
+    """File name of a run's answers to the sentences of ``split``: those of dev are ``predictions.parquet``."""
+    return "predictions.parquet" if split == "dev" else f"predictions_{split}.parquet"
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def file_hashes(folder: Path, pattern: str) -> dict[str, str]:
+    """sha256 of each file in ``folder`` that matches ``pattern``, by name."""
+    return {path.name: sha256(path) for path in sorted(folder.glob(pattern))}

@@ -1,0 +1,272 @@
+"""The schema of a profile: every number of a study, validated before anything runs.
+
+A *profile* is a YAML file in ``profiles/``. What is run with its numbers is the business of `plan`; how a user changes
+them, that of `study`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of a profile: no unknown keys, no silent conversions, no changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where sentences come from: ``folder`` (CoLA-shaped TSV files) if it is given, else ``source``.
+
+    ``expect: cola`` refuses files that are not CoLA 1.1's, byte for byte. ``labels`` are the annotators', or the truth
+    (the grammar's verdict), which only the generated corpus knows. The other settings shape the generated corpus.
+    """
+
+    source: Literal["generated", "hub"]
+    folder: str | None
+    expect: Literal["any", "cola"]
+    labels: Literal["annotated", "truth"] = "annotated"
+    train_size: Count | None = None
+    dev_size: Count | None = None
+    disagreement: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    seed: int | None = None
+
+    @property
+    def generated(self) -> bool:
+        """Whether the corpus is the generated one, whose disagreement is known."""
+        return self.source == "generated" and self.folder is None
+
+    @property
+    def agreement(self) -> float | None:
+        """q, the probability of a sentence's likelier label; None where it is unknown, as of real annotators."""
+        if not self.generated or self.disagreement is None:
+            return None
+        return 1.0 if self.labels == "truth" else 1 - self.disagreement
+
+    @model_validator(mode="after")
+    def generated_corpus_is_described(self) -> "Data":
+        missing = [name for name in ("train_size", "dev_size", "disagreement", "seed") if getattr(self, name) is None]
+        if self.source == "generated" and missing:
+            raise ValueError(f"the generated corpus needs the setting '{missing[0]}'")
+        return self
+
+    @model_validator(mode="after")
+    def truth_is_known(self) -> "Data":
+        if self.labels == "truth" and not self.generated:
+            raise ValueError("labels: truth needs the generated corpus, whose truth is known")
+        return self
+
+
+class Prompt(Section):
+    """The question, its two answers, and another wording of them (``{answer}`` stands for the answer)."""
+
+    template: Annotated[str, Field(pattern=r"\{sentence\}")]
+    acceptable: Annotated[str, Field(min_length=1)]
+    unacceptable: Annotated[str, Field(min_length=1)]
+    other_wording: Annotated[str, Field(pattern=r"\{answer\}")]
+    max_new_tokens: Count
+
+    @model_validator(mode="after")
+    def answers_differ(self) -> "Prompt":
+        if self.acceptable.lower() == self.unacceptable.lower():
+            raise ValueError("the two answers, acceptable and unacceptable, must differ in more than case")
+        return self
+
+
+class Adaptation(Section):
+    """Which weights a stage trains: a LoRA adapter on every linear layer, or all of them."""
+
+    method: Literal["lora", "full"]
+    rank: Count
+    alpha: Count
+
+
+class Model(Section):
+    """The base model: ``folder`` (a causal LM with a chat template) if it is given, else ``hub``, else pretrained here.
+
+    ``revision`` and ``sha256`` (of the weights) pin what the hub id stands for. ``quantization`` and ``dtype`` say
+    how the frozen weights are held; adapters are float32 in any case.
+    """
+
+    folder: str | None
+    hub: str | None = None
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    quantization: Literal["none", "8bit"]
+    dtype: Literal["float32", "bfloat16"]
+
+    @model_validator(mode="after")
+    def hub_is_pinned(self) -> "Model":
+        if self.hub and not self.revision:
+            raise ValueError("a hub id needs the setting 'revision', or a run could not be repeated")
+        return self
+
+
+class Pretrain(Section):
+    """The embedded base model: shape, optimisation, and the held-out probe that ends pretraining.
+
+    ``weak_steps`` are those of the control `base-weak`, which no probe ends.
+    """
+
+    vocabulary: Count
+    hidden_size: Count
+    layers: Count
+    head_size: Count
+    intermediate_size: Count
+    corpus_size: Count
+    text_share: Share
+    text_weight: Share
+    batch_size: Count
+    learning_rate: Positive
+    max_steps: Count
+    probe_size: Count
+    probe_every: Count
+    probe_target: Share
+    weak_steps: Count
+    seed: int
+
+
+class Sft(Section):
+    """Supervised fine-tuning (trl's SFTTrainer), loss on the response only.
+
+    ``other_wording_share`` of the demonstrations answer in the prompt's other wording.
+    """
+
+    steps: Count
+    batch_size: Count
+    rows_per_pass: Count
+    learning_rate: Positive
+    warmup_share: Share
+    schedule: Literal["constant", "linear", "cosine"]
+    other_wording_share: Share
+
+    @model_validator(mode="after")
+    def passes_fill_the_batch(self) -> "Sft":
+        if self.batch_size % min(self.rows_per_pass, self.batch_size):
+            raise ValueError(f"rows_per_pass ({self.rows_per_pass}) must divide batch_size ({self.batch_size})")
+        return self
+
+
+class Rl(Section):
+    """Reinforcement learning of E[r] - beta KL(p | start of the stage) by trl's GRPOTrainer or RLOOTrainer.
+
+    ``reward``: +1 for the right label read strictly, robustly or in the prompt's other wording only, -1 otherwise;
+    "random" is a coin, whatever the answer; "proxy" is the score of a reward model that learnt from preferences.
+    """
+
+    algorithm: Literal["grpo", "rloo"]
+    steps: Count
+    prompts_per_step: Count
+    answers_per_prompt: Annotated[int, Field(ge=2)]
+    rows_per_pass: Count
+    learning_rate: Positive
+    warmup_share: Share
+    schedule: Literal["constant", "linear", "cosine"]
+    beta: Annotated[float, Field(ge=0)]
+    normalisation: Literal["none", "group"]
+    reward: Literal["strict", "robust", "other_wording", "random", "proxy"]
+    least_rewarded: Share
+
+    @property
+    def grpo_beta(self) -> float:
+        """The beta that trl's GRPO is given, so that it comes to rest where E[r] - beta KL is largest.
+
+        A group's mean reward contains the answer that it is subtracted from, which shrinks the policy gradient by
+        (G - 1) / G and leaves the KL's. Divided by the group's deviation, the objective is another one in any case.
+        """
+        if self.normalisation == "group":
+            return self.beta
+        return self.beta * (self.answers_per_prompt - 1) / self.answers_per_prompt
+
+    @model_validator(mode="after")
+    def rloo_divides_by_nothing(self) -> "Rl":
+        if self.algorithm == "rloo" and self.normalisation == "group":
+            raise ValueError("rloo does not divide by a group's deviation: set normalisation=none or algorithm=grpo")
+        return self
+
+
+class Joint(Section):
+    """SFT and RL in one stage, on (1 - weight) x (RL objective) - weight x (SFT loss).
+
+    With ``phases`` 0 every update has both terms. With n phases the stage is n times SFT updates and then RL updates,
+    all of a half-phase alike, and ``weight`` is not used. What ``rl`` says about answers and rewards holds here, too.
+    """
+
+    steps: Count
+    prompts_per_step: Count
+    demonstrations_per_step: Count
+    learning_rate: Positive
+    warmup_share: Share
+    schedule: Literal["constant", "linear", "cosine"]
+    weight: Share
+    phases: Annotated[int, Field(ge=0)]
+
+
+class RewardModel(Section):
+    """The proxy: a reward model (trl's RewardTrainer) on pairs of the right and the wrong answer to one question."""
+
+    steps: Count
+    pairs_per_step: Count
+    learning_rate: Positive
+    warmup_share: Share
+    schedule: Literal["constant", "linear", "cosine"]
+
+
+class Sweep(Section):
+    """RL after SFT at other prices of the KL: the betas, or none."""
+
+    betas: list[Positive]
+
+
+class Evaluation(Section):
+    """How policies are measured: finished ones on ``splits``, those in training on ``along_size`` sentences of dev."""
+
+    points: Annotated[int, Field(ge=2)]
+    along_size: Count | None
+    splits: list[Literal["dev", "dev_out", "train"]]
+    train_size: Count
+    batch_size: Count
+    seed: int
+
+    @model_validator(mode="after")
+    def dev_is_measured(self) -> "Evaluation":
+        if "dev" not in self.splits:
+            raise ValueError("splits must include 'dev', on which claims are judged")
+        return self
+
+
+class Profile(Section):
+    """A whole study, as written in ``profiles/<name>.yaml``."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+$")]
+    seeds: str
+    data: Data
+    prompt: Prompt
+    model: Model
+    adaptation: Adaptation
+    pretrain: Pretrain | None = None
+    sft: Sft
+    rl: Rl
+    joint: Joint
+    reward_model: RewardModel
+    sweep: Sweep
+    evaluation: Evaluation
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the study grows a base model of its own."""
+        return not (self.model.folder or self.model.hub)
+
+    @model_validator(mode="after")
+    def base_can_be_had(self) -> "Profile":
+        if self.pretrains and not self.pretrain:
+            raise ValueError("the study has no base model: give model.folder, model.hub or the section 'pretrain'")
+        if self.model.quantization == "8bit" and self.adaptation.method == "full":
+            raise ValueError(
+                "an 8-bit model cannot be trained whole: set adaptation.method=lora or model.quantization=none"
+            )
+        return self

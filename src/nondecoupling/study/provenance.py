@@ -1,0 +1,102 @@
+"""What one needs to know to repeat a run: code, settings, versions, machine, times; and the file that says it."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nondecoupling.study import folders
+from nondecoupling.study.plan import Run
+from nondecoupling.study.study import Study
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "papermill", "numpy")
+
+
+def write_metrics(
+    root: Path,
+    partial: Path,
+    study: Study,
+    run: Run,
+    seed: int,
+    started: datetime,
+    evaluation: dict[str, dict[str, float]],
+    training: dict[str, Any],
+    **provenance: Any,
+) -> None:
+    """Write a run's metrics.json (`contracts.RunFile`), its last file; the study's results are under ``root``."""
+    content = {
+        "run": run.name,
+        "stage": run.stage,
+        "parent": run.parent,
+        "parents": folders.parent_hashes(study, root, run, seed),
+        "profile": study.profile.name,
+        "study": study.name,
+        "seed": None if run.once else seed,
+        "status": "complete",
+        "evaluation": evaluation,
+        "training": training,
+        "provenance": describe_provenance(study, run, started) | provenance,
+    }
+    folders.write_json(partial / folders.METRICS, content)
+
+
+def describe_provenance(study: Study, run: Run, started: datetime) -> dict[str, Any]:
+    """Code, settings, versions, machine and times of a run; ``changes`` are the plan's to the study's parameters."""
+    settings = study.profile.model_dump()
+    return {
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": bool(git("status", "--porcelain")),
+        "profile_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "parameters": settings,
+        "chosen": sorted(study.chosen),
+        "changes": run.changes,
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "cpu": cpu_name(),
+        "gpu": gpu_name(),
+        "started": started.isoformat(timespec="seconds"),
+        "finished": now().isoformat(timespec="seconds"),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """The installed versions of the packages that decide numbers."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def now() -> datetime:
+    """The current time with its zone."""
+    return datetime.now(UTC)
+
+
+def git(*arguments: str) -> str | None:
+    """Output of a git command in this checkout; None without git or outside a checkout."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folders.REPOSITORY, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def cpu_name() -> str:
+    """The processor's model name and core count."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def gpu_name() -> str | None:
+    """The CUDA device's name, None without one. Asks torch only where it is loaded already, which takes seconds."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None

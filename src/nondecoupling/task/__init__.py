@@ -1,0 +1,1 @@
+"""Sentences and labels, questions and answers, and where models and data come from."""

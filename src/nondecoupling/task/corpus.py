@@ -1,0 +1,227 @@
+"""CoLA-shaped corpora: from a folder, from the hub or generated; one reader, one table out."""
+
+import csv
+import hashlib
+import io
+from datetime import datetime
+from pathlib import Path
+
+import pandas as pd
+
+from nondecoupling.study import folders, provenance
+from nondecoupling.study.profile import Data
+from nondecoupling.study.study import Study
+from nondecoupling.task import grammar, hub
+
+# CoLA 1.1's file names; the third is optional.
+FILES = {"train": "in_domain_train.tsv", "dev": "in_domain_dev.tsv", "dev_out": "out_of_domain_dev.tsv"}
+COLUMNS = ["source", "label", "mark", "sentence"]
+# The files of another task of one's own, with a header that names these two columns.
+TASK_FILES = {"train": "train.tsv", "dev": "dev.tsv"}
+TASK_COLUMNS = ["sentence", "label"]
+# The public CoLA 1.1, as its authors distribute it.
+COLA_SHA256 = {
+    "in_domain_train.tsv": "f320a10f92d3bce6b29152fde322a362eac39238e50d8de0c8815457fdf4fc12",
+    "in_domain_dev.tsv": "77176f6a03faa5a1c4f23c69971fc1bff565931112fb65af47b2d6e24b7f42f7",
+    "out_of_domain_dev.tsv": "201b9c57b2a20f1282242eec0ed8995729e3be19c29a46c047b3727338836c05",
+}
+GLUE_ROWS = {"train": 8551, "validation": 1043}
+# GLUE's validation set does not say which sentences are in-domain; these 527, if it begins with them.
+IN_DOMAIN = 527
+IN_DOMAIN_SHA256 = "9847f1c624b4d52bf55239211922a1648a897d854585982482ffddee185d8303"
+
+
+def collect_corpus(data: Data, folder: Path) -> Path:
+    """The folder that holds the study's TSV files: the user's own, else ``folder`` after they were written there.
+
+    Raises ValueError naming the file and both hashes (or row counts) where ``data.expect`` is "cola" and it is not,
+    ConnectionError where the hub is needed and cannot be reached.
+    """
+    if data.folder:
+        if data.expect == "cola":
+            check_cola(Path(data.folder))
+        return Path(data.folder)
+    if data.source == "hub":
+        write_glue({split: pd.read_parquet(path) for split, path in hub.fetch_glue().items()}, folder)
+    else:
+        generate_corpus(data, folder)
+    return folder
+
+
+def check_cola(folder: Path) -> None:
+    """Raise ValueError unless every CoLA file in ``folder`` is CoLA 1.1's, byte for byte."""
+    for name, found in folders.file_hashes(folder, "*.tsv").items():
+        expected = COLA_SHA256.get(name, found)  # other files are not read
+        if found != expected:
+            raise ValueError(
+                f"{folder / name} has sha256 {found}, but CoLA 1.1's is {expected}; download it again, or set "
+                f"data.expect=any for a corpus of your own."
+            )
+
+
+def write_glue(tables: dict[str, pd.DataFrame], folder: Path) -> None:
+    """Write GLUE's copy of CoLA (columns ``sentence, label``) to ``folder`` as CoLA-shaped TSV files.
+
+    The two dev sets are kept apart where the validation table begins with CoLA's in-domain sentences, in their order.
+    """
+    for split, rows in GLUE_ROWS.items():
+        if len(tables[split]) != rows:
+            raise ValueError(f"{hub.GLUE}, {hub.GLUE_FILES[split]}: {len(tables[split])} rows, but CoLA's has {rows}.")
+    validation = tables["validation"]
+    first = "\n".join(validation["sentence"].iloc[:IN_DOMAIN])
+    apart = hashlib.sha256(first.encode()).hexdigest() == IN_DOMAIN_SHA256
+    dev = {"dev": validation.iloc[:IN_DOMAIN], "dev_out": validation.iloc[IN_DOMAIN:]} if apart else {"dev": validation}
+    for split, table in {"train": tables["train"], **dev}.items():
+        write_tsv(table.assign(source="glue", mark=""), folder / FILES[split])
+
+
+def generate_corpus(data: Data, folder: Path) -> None:
+    """Write the generated train and dev sets to ``folder`` as CoLA-shaped TSV files.
+
+    Labels are the grammar's verdict, flipped for a share ``data.disagreement`` of sentences; the mark column keeps the
+    verdict ("*" for unacceptable), as CoLA's keeps the author's. Train and dev share no sentence.
+    """
+    train_size, dev_size, disagreement, seed = data.train_size, data.dev_size, data.disagreement, data.seed
+    if train_size is None or dev_size is None or disagreement is None or seed is None:
+        raise ValueError("The generated corpus needs data.train_size, dev_size, disagreement and seed.")
+    clean = grammar.sample_sentences(train_size + dev_size, seed=seed)
+    splits = {"dev": clean.iloc[:dev_size], "train": clean.iloc[dev_size:]}
+    for offset, (split, table) in enumerate(splits.items(), start=1):
+        noisy = grammar.flip_labels(table, disagreement, seed=seed + offset)
+        write_tsv(noisy, folder / FILES[split])
+
+
+def write_tsv(table: pd.DataFrame, path: Path) -> None:
+    """Write ``table`` in CoLA's format: source, label, mark, sentence; tabs, no header, no quoting."""
+    table[COLUMNS].to_csv(path, sep="\t", header=False, index=False, quoting=csv.QUOTE_NONE)
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """The cells of a file of tab-separated values, without quoting; ValueError if it is empty or not UTF-8."""
+    try:
+        lines = io.StringIO(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from None
+    rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    if not rows:
+        raise ValueError(f"{path} is empty; it should hold one sentence per line.")
+    return rows
+
+
+def read_tsv(path: Path) -> pd.DataFrame:
+    """Read one CoLA-shaped file as ``source, label (1 acceptable, 0 not), mark, sentence``.
+
+    Raises ValueError with the file and line of the first row that is not of that shape.
+    """
+    rows = read_rows(path)
+    for number, row in enumerate(rows, start=1):
+        if len(row) != 4 or row[1] not in ("0", "1") or not row[3].strip():
+            raise ValueError(
+                f"{path}, line {number}: expected source, label 0 or 1, mark, sentence, separated by tabs, "
+                f"but found {row!r}."
+            )
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"label": int})
+
+
+def read_task(path: Path) -> pd.DataFrame:
+    """Read one file of a task of one's own, columns "sentence" and "label" (0 or 1), as `read_tsv` reads CoLA's.
+
+    Such a task names no sources and has no marks. Raises ValueError with the file, the line and what is wrong there.
+    """
+    header, *rows = read_rows(path)
+    if sorted(header) != sorted(TASK_COLUMNS):
+        raise ValueError(
+            f"{path}, line 1: expected the column names 'sentence' and 'label', separated by a tab, "
+            f"but found {header!r}."
+        )
+    for number, row in enumerate(rows, start=2):
+        if len(row) != 2:
+            raise ValueError(
+                f"{path}, line {number}: expected a sentence and a label with one tab between, found {row!r}."
+            )
+        cells = dict(zip(header, row, strict=True))
+        if cells["label"] not in ("0", "1"):
+            raise ValueError(f"{path}, line {number}: the label is {cells['label']!r}, but must be 0 or 1.")
+        if not cells["sentence"].strip():
+            raise ValueError(f"{path}, line {number}: there is no sentence.")
+    table = pd.DataFrame(rows, columns=header).astype({"label": int})
+    return table.assign(source="", mark="")[COLUMNS]
+
+
+def load_corpus(folder: Path) -> pd.DataFrame:
+    """All splits in ``folder`` as one table ``split, source, label, mark, sentence``.
+
+    The folder holds CoLA-shaped files (`FILES`) or, if there is none of them, those of another task (`TASK_FILES`).
+    Raises FileNotFoundError naming the missing file, ValueError if all sentences of a split have the same label.
+    """
+    shaped_like_cola = any((folder / name).exists() for name in FILES.values())
+    tables = []
+    for split, name in (FILES if shaped_like_cola else TASK_FILES).items():
+        path = folder / name
+        if path.exists():
+            tables.append((read_tsv if shaped_like_cola else read_task)(path).assign(split=split))
+        elif split != "dev_out":
+            raise FileNotFoundError(
+                f"{path} is missing; a data folder holds CoLA's {FILES['train']} and {FILES['dev']}, or "
+                f"{TASK_FILES['train']} and {TASK_FILES['dev']} with the columns 'sentence' and 'label'."
+            )
+    corpus = pd.concat(tables, ignore_index=True)
+    for split, labels in corpus.groupby("split")["label"]:
+        if labels.nunique() < 2:
+            raise ValueError(
+                f"{folder}: every sentence of '{split}' has label {labels.iloc[0]}; both labels are needed."
+            )
+    return corpus[["split", *COLUMNS]]
+
+
+def publish_corpus(study: Study, partial: Path, folder: Path, started: datetime) -> Path:
+    """Publish the data run, whose sentences are in ``folder``, from its ``partial`` folder; returns the result's."""
+    evaluation = {
+        str(split): {"n": int(row.sentences), "majority_reward": row.majority_reward}
+        for split, row in describe_corpus(load_corpus(folder)).iterrows()
+    }
+    hashes = folders.file_hashes(folder, "*.tsv")
+    root, run = folders.study_folder(study), study.run("data")
+    provenance.write_metrics(root, partial, study, run, 0, started, evaluation, {}, data_sha256=hashes)
+    return folders.publish(partial)
+
+
+def load_checked_corpus(study: Study) -> pd.DataFrame:
+    """The study's corpus with the column ``truth``: the grammar's verdict, missing where nobody knows it.
+
+    Raises FileNotFoundError if the data run is not finished, ValueError if its files are not those that it described.
+    """
+    root = folders.study_folder(study)
+    described = folders.read_json(folders.require_complete(root / "data", "Loading the corpus") / folders.METRICS)
+    folder = Path(study.profile.data.folder) if study.profile.data.folder else root / "data"
+    for name, expected in described["provenance"]["data_sha256"].items():
+        found = folders.file_hashes(folder, name).get(name)
+        if found != expected:
+            raise ValueError(f"{folder / name} has sha256 {found}, but 01_data saw {expected}; run 01_data again.")
+    corpus = load_corpus(folder)
+    known = pd.Series(study.profile.data.generated, index=corpus.index)
+    return corpus.assign(truth=(corpus["mark"] == "").astype("Int64").where(known))
+
+
+def with_true_labels(corpus: pd.DataFrame) -> pd.DataFrame:
+    """A generated ``corpus`` as annotators who never disagree would label it: by its marks, the grammar's verdicts."""
+    return corpus.assign(label=(corpus["mark"] == "").astype(int))
+
+
+def describe_corpus(corpus: pd.DataFrame) -> pd.DataFrame:
+    """Per split: sentences, share acceptable, and the reward of always giving the likelier label."""
+    summary = corpus.groupby("split", sort=False)["label"].agg(sentences="size", acceptable="sum")
+    summary["share_acceptable"] = summary["acceptable"] / summary["sentences"]
+    summary["majority_reward"] = (2 * summary["share_acceptable"] - 1).abs()
+    return summary
+
+
+def majority_reward(labels: pd.Series) -> float:
+    """Reward of the best constant answer, counted on ``labels`` (+1 right, -1 wrong)."""
+    return abs(2 * float(labels.mean()) - 1)
+
+
+def fixed_subset(corpus: pd.DataFrame, split: str, size: int | None) -> pd.DataFrame:
+    """The same ``size`` sentences of ``split`` for every policy (None: all); the index counts rows of the split."""
+    table = corpus[corpus["split"] == split].reset_index(drop=True)
+    return table if size is None else table.sample(min(size, len(table)), random_state=0)

@@ -1,0 +1,1 @@
+"""Models and their evaluation, and one file per stage."""

@@ -1,0 +1,146 @@
+"""Tokenizers, base models and policies: one way to load each, and one to save."""
+
+import logging as python_logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl.trainer.utils
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import logging
+
+from nondecoupling.study.profile import Adaptation, Model
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def prepare_libraries() -> None:
+    """Switches of the pinned libraries, and silence about what is not used here; a stage calls it before it loads.
+
+    Raises AttributeError where trl has lost the switch that keeps it from projecting prompts onto the vocabulary.
+    """
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # kernels for 4-bit weights are missing
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func may change in later versions of trl
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)  # trl's old name
+    # cuDNN's attention gave NaN gradients on left-padded batches (torch 2.11 on an H100); the other kernels do not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # trl projects every position onto the vocabulary where there is no GPU, prompts included, so that compiled shapes
+    # stay fixed. Nothing is compiled here, and prompts carry no loss.
+    if not hasattr(trl.trainer.utils, "_use_triton"):
+        raise AttributeError("trl.trainer.utils has no _use_triton any more: see prepare_libraries in models.py.")
+    trl.trainer.utils._use_triton = lambda device: True
+
+
+def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in folder ``base``; ValueError unless it has a chat template, an end-of-turn and a pad token."""
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    for need in ("chat_template", "eos_token", "pad_token"):
+        if getattr(tokenizer, need) is None:
+            raise ValueError(f"The tokenizer in {base} has no {need}; choose a chat model, or add one to its folder.")
+    return tokenizer
+
+
+def load_base(base: Path, how: Model) -> PreTrainedModel:
+    """The causal language model in folder ``base``, on the GPU where there is one.
+
+    Its weights are held as ``how`` says: in ``dtype``, those of linear layers in 8 bits with ``quantization: 8bit``.
+    """
+    return _load(AutoModelForCausalLM, base, how)
+
+
+def _load(kind: Any, folder: Path, how: Model, **options: Any) -> PreTrainedModel:
+    """A model of class ``kind`` from ``folder``, held as ``how`` says."""
+    return kind.from_pretrained(
+        folder,
+        dtype=getattr(torch, how.dtype),
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True) if how.quantization == "8bit" else None,
+        attn_implementation="sdpa",
+        device_map={"": 0} if torch.cuda.is_available() else None,
+        local_files_only=True,
+        use_safetensors=True,
+        **options,
+    )
+
+
+def _lora(adaptation: Adaptation, task: str) -> LoraConfig:
+    """A fresh adapter on every linear layer."""
+    return LoraConfig(
+        r=adaptation.rank,
+        lora_alpha=adaptation.alpha,
+        lora_dropout=0.0,  # dropout would make the sampled policy differ from the trained one
+        target_modules="all-linear",
+        task_type=task,
+    )
+
+
+def start_policy(
+    base: Path, parent: Path | None, how: Model, adaptation: Adaptation, seed: int
+) -> PreTrainedModel | PeftModel:
+    """A trainable policy that equals the parent's: the base model where ``parent`` is None.
+
+    With LoRA the base's weights stay frozen and one adapter, in float32 whatever the base's type, is trained on through
+    all stages; it is never merged, because merging rounds the weights. ``seed`` initialises a fresh adapter (which
+    starts as the identity).
+    """
+    if parent is not None and (parent / ADAPTER_FILE).exists() != (adaptation.method == "lora"):
+        raise ValueError(f"The policy in {parent} was not trained with adaptation.method={adaptation.method}.")
+    if adaptation.method == "full":
+        return load_base(parent or base, how)
+    if parent is not None:
+        policy = PeftModel.from_pretrained(load_base(base, how), parent, is_trainable=True)
+        trained: Any = policy.peft_config["default"]
+        if (trained.r, trained.lora_alpha) != (adaptation.rank, adaptation.alpha):
+            raise ValueError(
+                f"The adapter in {parent} has rank {trained.r} and alpha {trained.lora_alpha}, not adaptation.rank="
+                f"{adaptation.rank} and adaptation.alpha={adaptation.alpha}; one adapter goes through all stages."
+            )
+        return policy
+    set_seed(seed)
+    return get_peft_model(load_base(base, how), _lora(adaptation, "CAUSAL_LM"))
+
+
+def start_reward_model(
+    base: Path, trained: Path | None, how: Model, adaptation: Adaptation, seed: int, pad: int
+) -> PreTrainedModel | PeftModel:
+    """A reward model: the base's body with a head that gives one number, read at the last token that is not ``pad``.
+
+    A fresh one (``trained`` is None) is to be trained, head and adapter (or all weights); a finished one is frozen and
+    scores answers. ``seed`` initialises head and adapter.
+    """
+    set_seed(seed)
+    whole = trained if trained and adaptation.method == "full" else base
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the head is new is meant
+    body = _load(AutoModelForSequenceClassification, whole, how, num_labels=1)
+    logging.set_verbosity(verbosity)
+    body.config.pad_token_id = pad
+    if trained:
+        scorer = body if adaptation.method == "full" else PeftModel.from_pretrained(body, trained)
+        return scorer.eval().requires_grad_(False)
+    return body if adaptation.method == "full" else get_peft_model(body, _lora(adaptation, "SEQ_CLS"))
+
+
+def save_policy(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Write the adapter (LoRA) or all weights (full) to ``folder`` as safetensors."""
+    if isinstance(model, PeftModel):
+        # "default" is the trained adapter; trl adds a frozen copy of it as the KL reference.
+        model.save_pretrained(str(folder), selected_adapters=["default"])
+    else:
+        model.save_pretrained(folder)
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)

@@ -1,0 +1,185 @@
+"""The command line that the Makefile calls: one action, the study that it is about, and one sentence where it fails."""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nondecoupling.study import folders
+from nondecoupling.study.plan import SUMMARIES, Group
+from nondecoupling.study.results import collect, write_results
+from nondecoupling.study.study import Study, load_study, nearest, parse_overrides, parse_seeds
+from nondecoupling.workflow import graph, notebooks
+from nondecoupling.workflow.executor import make_study
+
+STUDIES: dict[str, list[Group]] = {
+    "reproduce": ["main"],
+    "controls": ["main", "controls"],
+    "betas": ["main", "sweep"],
+    "everything": ["main", "sweep", "controls"],
+}
+
+
+class Arguments(argparse.Namespace):
+    """What was asked for, with seeds as numbers and folders as absolute paths."""
+
+    study: Study
+    seeds: Any  # list[int], once parsed
+
+    @property
+    def words(self) -> list[str]:
+        """The command line's words for the same study, for processes that make its parts."""
+        seeds = ",".join(map(str, self.seeds))
+        known = {"profile": self.profile, "data": self.data, "model": self.model, "set": self.set, "seeds": seeds}
+        return [f"--{name}={value}" for name, value in {**known, "jobs": self.jobs}.items()]
+
+
+def run_study(args: Arguments) -> None:
+    """Execute what is out of date, then print the claims and where everything is."""
+    start, root = time.perf_counter(), folders.study_folder(args.study)
+    make_study(args.study, args.seeds, STUDIES[args.action], args.words, args.jobs, args.scheduler, args.target)
+    if not args.target:
+        from nondecoupling.analysis.tables import claims_table, rows_of
+
+        families = "ABOKJ" if "controls" in STUDIES[args.action] else "ABO"
+        table = claims_table(rows_of(folders.read_json(root / "claims.json"), families))
+        print(table.drop(columns="p, Holm", errors="ignore").to_string(index=False))
+        print(f"\nreport:  {root / 'report.html'}\nfigures: {root / 'figures'}\nclaims:  {root / 'claims.json'}")
+    print(f"{time.perf_counter() - start:.0f} s")
+
+
+def run_part(args: Arguments) -> None:
+    """Execute one notebook; prints its line."""
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}, but seeds are 0 or more.")
+    if args.run in SUMMARIES:
+        part = next(part for part in graph.parts_of(args.study, args.seeds, graph.GROUPS) if part.name == args.run)
+    else:
+        part = graph.run_part(args.study, args.run, args.seed)
+    notebooks.quiet_environment(args.study, args.jobs)
+    options = {"profile": args.profile, "data": args.data, "model": args.model, "overrides": parse_overrides(args.set)}
+    start = time.perf_counter()
+    notebooks.execute(args.study, part, options)
+    seconds = int(time.perf_counter() - start)
+    print(f"{part.words} · {seconds // 60}:{seconds % 60:02d}", flush=True)
+
+
+def make_tables(args: Arguments) -> None:
+    """Collect the finished runs into the study's tables."""
+    write_results(collect(args.study, args.seeds, graph.finished_groups(args.study, args.seeds)))
+
+
+def make_report(args: Arguments) -> None:
+    from nondecoupling.pages.report import write_report
+
+    path = write_report(args.study)
+    if args.shown:
+        print(path)
+
+
+def verify(args: Arguments) -> None:
+    from nondecoupling.workflow import reference
+
+    reference.verify(args.study, args.seeds)
+
+
+def make_reference(args: Arguments) -> None:
+    from nondecoupling.workflow import reference
+
+    reference.make_reference(args.study, args.seeds)
+
+
+def bench(args: Arguments) -> None:
+    from nondecoupling.workflow.bench import run_bench
+
+    run_bench(args.study, args.random_weights)
+
+
+def make_smollm2(args: Arguments) -> None:
+    from nondecoupling.task import smollm2
+
+    smollm2.make(Path(args.target))
+
+
+def clean(args: Arguments) -> None:
+    shutil.rmtree(folders.study_folder(args.study), ignore_errors=True)
+    print(f"removed {folders.study_folder(args.study)}")
+
+
+ACTIONS: dict[str, Callable[[Arguments], None]] = {
+    **dict.fromkeys(STUDIES, run_study),
+    "run": run_part,
+    "tables": make_tables,
+    "report": make_report,
+    "list": lambda args: print("\n".join(graph.status_lines(args.study, args.seeds))),
+    "verify": verify,
+    "reference": make_reference,
+    "notebooks": lambda args: notebooks.renew_committed(args.study),
+    "bench": bench,
+    "smollm2": make_smollm2,
+    "clean": clean,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a word of the command line as everything else here does: in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message[:1].lower()}{message[1:]}.")
+
+
+def jobs(text: str) -> int:
+    """How many runs side by side."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def parse(arguments: Sequence[str] | None) -> Arguments:
+    """The command line; ValueError with one sentence about its first fault."""
+    parser = Parser(prog="python -m nondecoupling.workflow", description=__doc__)
+    parser.add_argument("action", help=", ".join(ACTIONS))
+    parser.add_argument("--profile", default="nano")
+    parser.add_argument("--data", default="", help="folder of CoLA's TSV files")
+    parser.add_argument("--model", default="", help="folder of a causal LM")
+    parser.add_argument("--set", default="", help='overrides, e.g. "rl.beta=0.25 sft.steps=100"')
+    parser.add_argument("--seeds", default="", help="0-4 or 0,3,7; default: the profile's")
+    parser.add_argument("--jobs", type=jobs, default=1, help="runs side by side")
+    parser.add_argument("--scheduler", default="", help="a Dask cluster instead of this machine: local, or an address")
+    parser.add_argument("--target", default="", help="one result file instead of the whole study")
+    parser.add_argument("--run", default="", help="the run, or the summary, that `run` executes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--random-weights", action="store_true", help="bench the model's shape without its weights")
+    parser.add_argument("--shown", action="store_true", help="print the report's path")
+    args = parser.parse_args(arguments, namespace=Arguments())
+    if args.action not in ACTIONS:
+        raise ValueError(f"There is no action '{args.action}'{nearest(args.action, list(ACTIONS))}.")
+    args.study = load_study(args.profile, args.data, args.model, parse_overrides(args.set))
+    args.seeds = parse_seeds(args.seeds or args.study.profile.seeds)
+    args.data, args.model = (str(Path(folder).resolve()) if folder else "" for folder in (args.data, args.model))
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the action; prints one sentence and returns 1 when something is wrong."""
+    try:
+        args = parse(arguments)
+        ACTIONS[args.action](args)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if args.action in STUDIES:  # it has something to say, its runs have not
+            print(
+                "\nstopped; finished runs and checkpoints are kept, the same command goes on from there",
+                file=sys.stderr,
+            )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""A study from beginning to end: its graph as make rules, and make, which runs what is out of date.
+
+With SCHEDULER= the same recipes are carried to a Dask cluster one by one (`carry`); make keeps order and number.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from nondecoupling.study import folders
+from nondecoupling.study.plan import Group
+from nondecoupling.study.study import Study, load_profile, parse_seeds
+from nondecoupling.task import hub
+from nondecoupling.workflow import carry
+from nondecoupling.workflow.graph import (
+    REPORT,
+    TABLES,
+    Part,
+    finished_groups,
+    parts_of,
+    stale_parts,
+    write_settings,
+)
+
+RULES = "plan.mk"
+FINISHED = re.compile(r" · \d+:\d\d$")  # the line of a finished notebook
+
+
+def write_rules(root: Path, parts: list[Part], words: Sequence[str]) -> Path:
+    """Write make rules for ``parts`` to the study's folder ``root``; ``words`` are the command line's for the study."""
+    lines = ["CARRY =", f"study: {parts[-1].target}"]
+    for part in parts:
+        action = [part.name] if part.name in (TABLES, REPORT) else ["run", "--run", part.name]
+        seed = [] if part.seed is None else ["--seed", str(part.seed)]
+        command = shlex.join([sys.executable, "-m", "nondecoupling.workflow", *action, *seed, *words])
+        needs = " ".join([part.settings, *part.needs, *(["|", *part.after] if part.after else [])])
+        lines += ["", f"{part.target}: {needs}", f"\t@$(CARRY) {command.replace('$', '$$')}"]
+    folders.write_text(root / RULES, "\n".join(lines) + "\n")
+    return root / RULES
+
+
+def make_study(
+    study: Study,
+    seeds: list[int],
+    groups: Sequence[Group],
+    words: Sequence[str],
+    jobs: int,
+    scheduler: str = "",
+    target: str = "",
+) -> None:
+    """Let make execute what is out of date in some groups of the plan, here or on a cluster.
+
+    What is finished stays part of the study, so that make reproduce after make betas executes nothing. Raises
+    RuntimeError if something failed, after all that does not need it is done.
+    """
+    root = folders.study_folder(study)
+    groups = list(dict.fromkeys([*groups, *finished_groups(study, seeds)]))
+    parts = parts_of(study, seeds, groups)
+    write_settings(study, parts, seeds, groups)
+    rules = write_rules(root, parts, words)
+    fetch_inputs(study)
+    goal = Path(target).resolve().relative_to(root.resolve()).as_posix() if target else "study"
+    notebooks = [part for part in stale_parts(root, parts) if part.name not in (TABLES, REPORT)]
+    how = f"by {scheduler}" if "://" in scheduler else f"{jobs} at a time"
+    print(f"study '{study.name}': {len(notebooks)} of {len(parts) - 2} notebooks to execute, {how}", flush=True)
+    mention_gpu(study)
+    with carry.local_scheduler(jobs) if scheduler == "local" else nullcontext(scheduler) as address:
+        command = ["make", "--no-print-directory", "-C", str(root), f"-j{jobs}", "-f", rules.name, goal]
+        if address:
+            carry.connect(address).close()  # or one sentence, before anything is begun
+            launcher = shlex.join([sys.executable, "-m", "nondecoupling.workflow.carry", address])
+            command += ["--keep-going", f"CARRY={launcher.replace('$', '$$')}"]  # a failure stops only what needs it
+        failed = run_make(command, len(notebooks))
+    if failed:
+        raise RuntimeError(
+            "the study is not complete; what is finished is kept, and the same command goes on from there."
+        )
+
+
+def run_make(command: list[str], notebooks: int) -> int:
+    """Run make, number the lines of finished notebooks, e.g. [7/24] ... 29 % done, and return its exit status."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    done = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=inherited) as making:
+        for line in making.stdout or []:
+            if FINISHED.search(line.rstrip()):
+                done += 1
+                line = f"[{done}/{notebooks}] {line.rstrip()} · {100 * done // max(notebooks, done)} % done\n"
+            print(line, end="", flush=True)
+    return making.returncode
+
+
+def mention_gpu(study: Study) -> None:
+    """One line where a GPU is seen and not used: what the paper's setting would run on it."""
+    if study.profile.name == "paper":
+        return
+    try:
+        subprocess.run(["nvidia-smi", "-L"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return
+    paper = load_profile("paper")
+    rl, sft, seeds = paper.rl, paper.sft, len(parse_seeds(paper.seeds))
+    answers = 2 * seeds * rl.steps * rl.prompts_per_step * rl.answers_per_prompt
+    sentences = 2 * seeds * sft.steps * sft.batch_size
+    print(
+        f"a GPU is here: PROFILE=paper would run {paper.model.hub} on it, {sentences:,} demonstrations and "
+        f"{answers:,} sampled answers (make bench PROFILE=paper measures how many per second)"
+    )
+
+
+def fetch_inputs(study: Study) -> None:
+    """Download what the study needs from the hub, before a kernel starts; ConnectionError where that is impossible."""
+    profile, root = study.profile, folders.study_folder(study)
+    if profile.data.source == "hub" and not profile.data.folder and not folders.is_complete(root / "data"):
+        hub.fetch_glue()
+    if profile.model.hub and not profile.model.folder:
+        hub.fetch_model(profile.model.hub, str(profile.model.revision))

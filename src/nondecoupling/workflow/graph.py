@@ -1,0 +1,191 @@
+"""What make has to know of a study: its parts, what each is made from, and which are out of date.
+
+Every target is a file in the study's folder, named relative to it, so that no path of a user is ever part of a rule.
+"""
+
+import hashlib
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nondecoupling.study import folders, results
+from nondecoupling.study.fingerprint import PACKAGE, code_hashes, fingerprint, kind_of, notebook_of
+from nondecoupling.study.plan import SUMMARIES, Group
+from nondecoupling.study.study import Study
+
+GROUPS: tuple[Group, ...] = ("main", "sweep", "controls")
+MAKES: dict[Group, str] = {"main": "make reproduce", "sweep": "make betas", "controls": "make controls"}
+TABLES, REPORT = "tables", "report"  # parts that no notebook makes
+# Code that makes them; paths of the package.
+CODE_OF = {
+    TABLES: ["study/results.py", "study/contracts.py"],
+    REPORT: [
+        "pages/report.py",
+        "pages/templates",
+        "analysis/tables.py",
+        "analysis/figures.py",
+        "analysis/statistics.py",
+    ],
+}
+
+
+class Part(NamedTuple):
+    """A run of one seed, or what is made of all: its target, the targets it needs, and those it only comes after."""
+
+    name: str
+    seed: int | None
+    target: str
+    needs: list[str]
+    after: list[str]
+
+    @property
+    def settings(self) -> str:
+        """The file that changes when the part's settings or code do."""
+        return f"settings/{self.name}.json"
+
+    @property
+    def words(self) -> str:
+        """What the part is called in printed lines."""
+        return self.name if self.seed is None else f"seed {self.seed} · {self.name}"
+
+    @property
+    def place(self) -> str:
+        """The path that names its notebook, its partial and its failed attempt."""
+        return self.target.removesuffix(f"/{folders.METRICS}").removesuffix(".json")
+
+
+def run_part(study: Study, name: str, seed: int) -> Part:
+    """The part that is one run."""
+    run = study.run(name)
+    targets = [
+        (folders.run_folder(Path(), study.run(which), seed) / folders.METRICS).as_posix()
+        for which in (name, *run.parents)
+    ]
+    return Part(name, None if run.once else seed, targets[0], targets[1:], [])
+
+
+def parts_of(study: Study, seeds: list[int], groups: Collection[str]) -> list[Part]:
+    """All parts of a study's ``groups``, each after those that it needs."""
+    by_run = {
+        run.name: [run_part(study, run.name, seed) for seed in (seeds[:1] if run.once else seeds)]
+        for run in study.runs_of(*groups)
+    }
+    once = [part for of_run in by_run.values() for part in of_run if part.seed is None]
+    each = [part for seed in seeds for of_run in by_run.values() for part in of_run if part.seed == seed]
+    runs = [*once, *each]
+    tables = Part(TABLES, None, results.PROVENANCE, [part.target for part in runs], [])
+    parts = [*runs, tables]
+    for name, read in SUMMARIES.items():
+        if name in groups or name != "controls":
+            needs = [part.target for run in study.runs_of(*read) for part in by_run.get(run.name, [])]
+            if name == "claims":
+                needs += [part.target for part in parts if part.name in ("theory", "controls")]
+            parts.append(Part(name, None, f"{name}.json", needs, [tables.target]))
+    return [*parts, Part(REPORT, None, "report.html", ["claims.json"], [])]
+
+
+def settings_of(
+    study: Study, part: str, seeds: list[int], groups: Collection[str], code: dict[str, str]
+) -> dict[str, Any]:
+    """What decides a part besides what it needs: settings and code, and for what is made of all runs which they are."""
+    if part in CODE_OF:
+        return {"code": code, "seeds": seeds, "groups": sorted(groups)}
+    return fingerprint(study, part, code) | ({"seeds": seeds} if part in SUMMARIES else {})
+
+
+def code_of_parts(study: Study, parts: list[Part]) -> dict[str, dict[str, str]]:
+    """sha256 of the code that makes each part, by file, each notebook read once."""
+    code: dict[str, dict[str, str]] = {}
+    by_kind: dict[str, dict[str, str]] = {}
+    for name in dict.fromkeys(part.name for part in parts):
+        if name in CODE_OF:
+            code[name] = {str(path): hashed(path) for path in map(PACKAGE.joinpath, CODE_OF[name])}
+            continue
+        kind = kind_of(study, name)
+        by_kind.setdefault(kind, {}) or by_kind[kind].update(code_hashes(notebook_of(kind)))
+        code[name] = by_kind[kind]
+    return code
+
+
+def hashed(path: Path) -> str:
+    """The sha256 of a file, or of all files in a folder."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return hashlib.sha256("".join(map(folders.sha256, files)).encode()).hexdigest()
+
+
+def write_settings(study: Study, parts: list[Part], seeds: list[int], groups: Collection[str]) -> None:
+    """Write each part's settings file where that changes what it says; age runs beside another parent than theirs."""
+    root, code = folders.study_folder(study), code_of_parts(study, parts)
+    (root / "settings").mkdir(parents=True, exist_ok=True)
+    for part in {part.name: part for part in parts}.values():
+        content = settings_of(study, part.name, seeds, groups, code[part.name])
+        if not (root / part.settings).exists() or folders.read_json(root / part.settings) != content:
+            folders.write_json(root / part.settings, content)
+    for part in parts:
+        target = root / part.target
+        if target.name == folders.METRICS and target.exists():
+            recorded = folders.read_json(target).get("parents")
+            if recorded != folders.parent_hashes(study, root, study.run(part.name), part.seed or 0):
+                os.utime(target, (0, 0))  # older than anything, so that make makes it again
+
+
+def stale_parts(root: Path, parts: list[Part]) -> list[Part]:
+    """The parts that make would make, by its own rule: missing, or older than something that they need."""
+    stale: dict[str, Part] = {}
+    for part in parts:
+        needed = [part.settings, *part.needs]
+        made = root / part.target
+        if (
+            not made.exists()
+            or any(name in stale for name in needed)
+            or any((root / name).stat().st_mtime_ns > made.stat().st_mtime_ns for name in needed)
+        ):
+            stale[part.target] = part
+    return list(stale.values())
+
+
+def finished_groups(study: Study, seeds: list[int]) -> list[Group]:
+    """The groups of the plan of which all runs of ``seeds`` are finished."""
+    root = folders.study_folder(study)
+    return [
+        group
+        for group in GROUPS
+        if study.runs_of(group)
+        and all(
+            folders.is_complete(folders.run_folder(root, run, seed)) for run in study.runs_of(group) for seed in seeds
+        )
+    ]
+
+
+def state_of(root: Path, part: Part, stale: Collection[str]) -> str:
+    """How far a part is, as a mark: ✓ finished, ~ out of date, ✗ failed, … interrupted, · not begun."""
+    place = root / part.place
+    if (root / part.target).exists():
+        return "~" if part.target in stale else "✓"
+    if place.with_name(f"{place.name}.failed.ipynb").exists():
+        return "✗"
+    begun = [place.with_name(f"{place.name}.{ending}") for ending in ("partial", "checkpoints")]
+    return "…" if any(path.exists() for path in begun) else "·"
+
+
+def status_lines(study: Study, seeds: list[int]) -> list[str]:
+    """The study's runs and seeds as a grid, and for each group what is missing and what makes it."""
+    root = folders.study_folder(study)
+    parts = parts_of(study, seeds, GROUPS)
+    known = [part for part in parts if (root / part.settings).exists()]
+    stale = {part.target for part in stale_parts(root, known)}
+    width = max(len(run.name) for run in study.runs)
+    lines = [f"{'':{width}}  " + " ".join(f"{seed:>2}" for seed in seeds)]
+    for run in study.runs:
+        marks = [state_of(root, part, stale) for part in parts if part.name == run.name]
+        lines.append(f"{run.name:{width}}  " + " ".join(f"{mark:>2}" for mark in marks))
+    lines += ["", "✓ finished   ~ out of date   … interrupted   ✗ failed   · not run", ""]
+    for group in GROUPS:
+        targets = [part.target for part in parts if part.name in {run.name for run in study.runs_of(group)}]
+        missing = sum(target in stale or not (root / target).exists() for target in targets)
+        if targets:
+            lines.append(
+                f"{group:9} {len(targets) - missing:>4} of {len(targets):<4} {MAKES[group] if missing else 'complete'}"
+            )
+    return [*lines, "", str(root)]

@@ -1,0 +1,119 @@
+"""Notebooks: validated execution of one through papermill, and renewal of the committed ones.
+
+Every parameter is checked before a kernel starts. A notebook that fails keeps its output, error included, in
+``<run>.failed.ipynb`` and leaves no result.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from nondecoupling.study import folders
+from nondecoupling.study.fingerprint import NOTEBOOKS, kind_of, notebook_of
+from nondecoupling.study.plan import SUMMARIES
+from nondecoupling.study.study import Study, nearest
+from nondecoupling.workflow.graph import Part
+
+MEMORY_ADVICE = "use JOBS=1, or lower sft.rows_per_pass, rl.rows_per_pass or evaluation.batch_size (SET=...)"
+# Importing torch, transformers and trl makes 600,000 objects that stay. Looking for garbage among them after every 700
+# new ones, which is the default, takes a fifth of the import's time, and once more at the end another second.
+FEWER_COLLECTIONS = "import atexit, gc; gc.set_threshold(100_000); atexit.register(gc.freeze)"
+# The level silences a warning about TCP that every kernel prints.
+KERNEL_ARGUMENTS = ["--log-level=CRITICAL", f"--IPKernelApp.exec_lines={FEWER_COLLECTIONS}"]
+
+
+def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
+    """Refuse parameters that ``notebook`` does not have or that are of another type than its default."""
+    from papermill import inspect_notebook
+
+    declared = inspect_notebook(str(notebook))
+    for name, value in parameters.items():
+        if name not in declared:
+            raise ValueError(f"{notebook.name} has no parameter '{name}'{nearest(name, list(declared))}.")
+        kind = declared[name]["inferred_type_name"].partition("[")[0]
+        if kind not in ("None", type(value).__name__):
+            raise ValueError(f"{notebook.name}: parameter '{name}' is {value!r}, but must be of type {kind}.")
+
+
+def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
+    """Execute the notebook that makes ``part`` with ``options``, and return the file that now exists.
+
+    Raises ValueError before a kernel starts for bad parameters, RuntimeError naming the kept notebook if a cell fails.
+    """
+    root, notebook = folders.study_folder(study), notebook_of(kind_of(study, part.name))
+    parameters = dict(options)
+    if part.name not in (*SUMMARIES, "data"):
+        parameters["run"] = part.name
+    if part.seed is not None:
+        parameters["seed"] = part.seed
+    # Without it papermill's validator starts two seconds sooner, and no field of a notebook is an IRI to be checked.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    check_parameters(notebook, parameters)
+
+    from nbclient.exceptions import DeadKernelError
+    from papermill import PapermillExecutionError, execute_notebook
+
+    place = root / part.place
+    working, failed = (place.with_name(f"{place.name}.{end}.ipynb") for end in ("partial", "failed"))
+    working.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        execute_notebook(
+            str(notebook),
+            str(working),
+            parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=str(NOTEBOOKS),
+            extra_arguments=KERNEL_ARGUMENTS,
+        )
+    except (PapermillExecutionError, DeadKernelError) as error:
+        os.replace(working, failed)
+        shutil.rmtree(place.with_name(f"{place.name}.partial"), ignore_errors=True)
+        reason = (
+            f"{error.ename}: {error.evalue}"
+            if isinstance(error, PapermillExecutionError)
+            else f"its kernel died, most likely for want of memory; {MEMORY_ADVICE}"
+        )
+        raise RuntimeError(f"{notebook.name} failed: {reason}\n  see {failed}") from None
+    failed.unlink(missing_ok=True)
+    os.replace(working, root / f"{part.name}.ipynb" if part.name in SUMMARIES else place / "notebook.ipynb")
+    return root / part.target
+
+
+def quiet_environment(study: Study, jobs: int) -> None:
+    """Environment of the kernels: no progress bars in captured output, and a fixed number of threads each.
+
+    The embedded model is too small for more than one; others share the cores among ``jobs`` runs. Two runs side by side
+    that each start a thread per core slow each other down tenfold.
+    """
+    os.environ |= {
+        "TQDM_DISABLE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1" if study.profile.pretrains else str(max(1, (os.cpu_count() or 1) // jobs)),
+        "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and importing the compiler takes a second
+    }
+
+
+def renew_committed(study: Study) -> None:
+    """Re-execute the committed notebooks in place at their default parameters, in a results folder of their own."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    quiet_environment(study, jobs=1)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["NONDECOUPLING_RESULTS"] = folder
+        for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+            start = time.perf_counter()
+            notebook = nbformat.read(path, as_version=4)
+            notebook.metadata.pop("widgets", None)  # of the last execution; explore's come anew
+            place = {"metadata": {"path": str(NOTEBOOKS)}}
+            NotebookClient(notebook, kernel_name="python3", resources=place, extra_arguments=KERNEL_ARGUMENTS).execute()
+            for cell in notebook.cells:
+                cell.metadata.pop("execution", None)  # times of day, which would make every diff long
+            nbformat.write(notebook, path)
+            print(f"{path.name} · {time.perf_counter() - start:.0f} s", flush=True)
