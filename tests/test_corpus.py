@@ -6,8 +6,8 @@ import hashlib
 import pandas as pd
 import pytest
 
-from nondecoupling import corpus, hub
-from nondecoupling.profile import Data
+from nondecoupling.study.profile import Data
+from nondecoupling.task import corpus, hub
 
 AWKWARD = [
     ("s1", 1, "", 'He said "hello" and left.'),

@@ -12,7 +12,7 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from nondecoupling import grammar
+from nondecoupling.task import grammar
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_same_seed_same_table_and_other_seed_another():
 
 
 def test_table_does_not_depend_on_the_hash_seed():
-    code = "from nondecoupling import grammar as g; print(g.sample_sentences(30, 5, {'a', 'b'}).to_csv())"
+    code = "from nondecoupling.task import grammar as g; print(g.sample_sentences(30, 5, {'a', 'b'}).to_csv())"
     tables = [
         subprocess.run(
             [sys.executable, "-c", code],

@@ -2,8 +2,9 @@
 
 import pytest
 
-from nondecoupling import pretrain, prompts
-from nondecoupling.profile import Prompt
+from nondecoupling.study.profile import Prompt
+from nondecoupling.task import prompts
+from nondecoupling.training import pretrain
 
 PROMPT = Prompt(
     template="Fine?\n\n{sentence}",

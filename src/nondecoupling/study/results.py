@@ -99,13 +99,8 @@ def read_results(study: Study | None, folder: Path) -> Results:
     if study is None:
         where = f"'{folder.name}' was made by another version of this artifact, make reproduce renews it"
         study = study_of(folder.name, validated(provenance["parameters"], where), provenance["chosen"])
-    metrics, trajectories, costs = (read_csv(folder / name) for name in (METRICS, TRAJECTORIES, COSTS))
+    metrics, trajectories, costs = (pd.read_csv(folder / name) for name in (METRICS, TRAJECTORIES, COSTS))
     return Results(study, folder, metrics, trajectories, pd.read_parquet(folder / ANSWERS), costs, provenance)
-
-
-def read_csv(path: Path) -> pd.DataFrame:
-    """A CSV file with every number to its last digit."""
-    return pd.read_csv(path, float_precision="round_trip")
 
 
 def results_to_read(study: Study, *runs: str) -> Results:
@@ -154,7 +149,7 @@ def collect(study: Study, seeds: list[int], groups: Collection[str]) -> Results:
         study,
         root,
         metrics=metrics_table(records),
-        trajectories=stacked(study, root, records, TRAINED, lambda folder: read_csv(folder / folders.TRAJECTORY)),
+        trajectories=stacked(study, root, records, TRAINED, lambda folder: pd.read_csv(folder / folders.TRAJECTORY)),
         answers=stacked(study, root, records, MEASURED, lambda folder: pd.read_parquet(folder / DEV_ANSWERS)),
         costs=costs_table(records),
         provenance=collected_provenance(study, root, seeds, records),

@@ -134,8 +134,10 @@ def start_reward_model(
 def save_policy(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     """Write the adapter (LoRA) or all weights (full) to ``folder`` as safetensors."""
     if isinstance(model, PeftModel):
-        # "default" is the trained adapter; trl adds a frozen copy of it as the KL reference.
-        model.save_pretrained(str(folder), selected_adapters=["default"])
+        # "default" is the trained adapter; trl adds a frozen copy of it as the KL reference. Its base is the study's,
+        # wherever that is on which machine.
+        model.peft_config["default"].base_model_name_or_path = "base"
+        model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
     else:
         model.save_pretrained(folder)
 

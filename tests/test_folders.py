@@ -1,0 +1,279 @@
+"""Run folders: a result exists or it does not, and holds what the contract says."""
+
+import json
+import os
+from dataclasses import replace
+from datetime import datetime
+
+import pandas as pd
+import pytest
+from pydantic import TypeAdapter
+
+from nondecoupling.study import folders, provenance
+from nondecoupling.study.contracts import RunFile
+from nondecoupling.study.study import load_study
+
+EVALUATION = {
+    "n",
+    "majority_reward",
+    "sft_loss",
+    "sft_loss_per_token",
+    "label_loss",
+    "label_mass",
+    "reward_exact",
+    "reward_sampled",
+    "reward_sampled_strict",
+    "reward_greedy",
+    "accuracy",
+    "balanced_accuracy",
+    "mcc",
+    "predicted_acceptable_rate",
+    "entropy",
+    "kl_to_parent",
+    "kl_to_base",
+}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """The nano study, with empty results and reference folders."""
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(folders, "REPOSITORY", tmp_path / "repository")
+    return load_study("nano")
+
+
+@pytest.fixture
+def partial(study):
+    """An empty partial folder of the run `sft`, seed 0."""
+    return folders.open_run(folders.study_folder(study), study.run("sft"), 0)
+
+
+def finish(study, name, seed, **evaluation):
+    """Publish a run that holds metrics only."""
+    root, run = folders.study_folder(study), study.run(name)
+    made = folders.open_run(root, run, seed)
+    provenance.write_metrics(root, made, study, run, seed, provenance.now(), {"dev": evaluation}, {})
+    return folders.publish(made)
+
+
+# Where results are
+
+
+def test_folders(study, tmp_path, monkeypatch):
+    root = folders.study_folder(study)
+    assert root == tmp_path / "results" / "nano"
+    assert folders.run_folder(root, study.run("sft-rl"), 3) == root / "seed3" / "sft-rl"
+    for name in ("data", "base", "base-weak"):
+        assert folders.run_folder(root, study.run(name), 3) == root / name
+    assert folders.reference_folder(study) == tmp_path / "repository" / "results" / "reference" / "nano"
+    for value in ("", None):
+        monkeypatch.setenv("NONDECOUPLING_RESULTS", "") if value == "" else monkeypatch.delenv("NONDECOUPLING_RESULTS")
+        assert folders.results_root() == tmp_path / "repository" / "results"
+
+
+# All at once or not at all
+
+
+def test_a_run_without_metrics_is_not_published(partial):
+    (partial / "trajectory.csv").write_text("step\n0\n")
+    with pytest.raises(FileNotFoundError, match="metrics.json"):
+        folders.publish(partial)
+    assert not partial.with_name("sft").exists()
+
+
+@pytest.mark.parametrize("content", ['{"status": "failed"}', "{}"])
+def test_a_run_that_is_not_complete_is_not_published(partial, content):
+    (partial / folders.METRICS).write_text(content)
+    with pytest.raises(ValueError, match="only complete runs are published"):
+        folders.publish(partial)
+    assert not partial.with_name("sft").exists()
+
+
+def test_a_run_with_half_written_metrics_is_not_published(partial):
+    (partial / folders.METRICS).write_text('{"status": "comp')
+    with pytest.raises(json.JSONDecodeError):
+        folders.publish(partial)
+    assert not partial.with_name("sft").exists()
+
+
+def test_a_partial_run_is_no_result_even_with_metrics(study, partial):
+    folders.write_json(partial / folders.METRICS, {"status": "complete"})
+    folder = folders.run_folder(folders.study_folder(study), study.run("sft"), 0)
+    assert not folders.is_complete(folder)
+    with pytest.raises(FileNotFoundError, match=f"Run 'x' needs the finished run {folder}"):
+        folders.require_complete(folder, "Run 'x'")
+    assert folders.publish(partial) == folder
+    assert folders.require_complete(folder, "Run 'x'") == folder
+    assert not partial.exists()
+
+
+def test_a_new_result_replaces_the_old_one_whole(study):
+    old = finish(study, "sft", 0, n=1)
+    (old / "left over.txt").write_text("old")
+    new = finish(study, "sft", 0, n=2)
+    assert new == old
+    assert folders.read_json(new / folders.METRICS)["evaluation"]["dev"]["n"] == 2
+    assert [path.name for path in new.iterdir()] == [folders.METRICS]
+    assert [path.name for path in new.parent.iterdir()] == ["sft"]
+
+
+def test_the_old_result_stays_while_the_new_one_is_made(study):
+    old = finish(study, "sft", 0, n=1)
+    again = folders.open_run(folders.study_folder(study), study.run("sft"), 0)
+    (again / folders.METRICS).write_text("{}")
+    with pytest.raises(ValueError, match="status"):
+        folders.publish(again)
+    assert folders.read_json(old / folders.METRICS)["evaluation"]["dev"]["n"] == 1
+
+
+def test_a_second_attempt_starts_empty(study, partial):
+    (partial / "half.txt").write_text("half")
+    again = folders.open_run(folders.study_folder(study), study.run("sft"), 0)
+    assert again == partial
+    assert list(again.iterdir()) == []
+
+
+def test_a_published_result_is_newer_than_what_it_was_made_from(partial):
+    folders.write_json(partial / folders.METRICS, {"status": "complete"})
+    os.utime(partial / folders.METRICS, (1, 1))
+    assert (folders.publish(partial) / folders.METRICS).stat().st_mtime > 1
+
+
+# Parents
+
+
+def test_a_run_says_which_parent_it_was_made_from(study):
+    finish(study, "sft", 1, n=1)
+    parents = folders.read_json(finish(study, "sft-rl", 1) / folders.METRICS)["parents"]
+    root, run = folders.study_folder(study), study.run("sft-rl")
+    assert parents == folders.parent_hashes(study, root, run, 1) == {"sft": parents["sft"]}
+    finish(study, "sft", 1, n=2)
+    assert folders.parent_hashes(study, root, run, 1) != parents
+    assert list(folders.parent_hashes(study, root, study.run("sft-rl-proxy"), 1)) == ["sft", "reward-model"]
+    assert folders.parent_hashes(study, root, study.run("rl"), 1) == {"base": None}  # not finished
+
+
+# JSON
+
+
+def test_json_is_written_whole_and_read_back(tmp_path):
+    content = {"é": [1, 2.5, None, True], "nested": {"a": "b"}}
+    folders.write_json(tmp_path / "x.json", content)
+    assert folders.read_json(tmp_path / "x.json") == content
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_json_refuses_numbers_that_are_not_finite_and_keeps_the_old_file(tmp_path, number):
+    folders.write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        folders.write_json(tmp_path / "x.json", {"a": number})
+    assert folders.read_json(tmp_path / "x.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+# The contract of a finished run
+
+
+@pytest.fixture
+def metrics(tiny_sft):
+    return folders.read_json(tiny_sft.folder / folders.METRICS)
+
+
+def test_metrics_say_what_was_run(metrics, tiny_study):
+    expected = {"run": "sft", "stage": "sft", "parent": "base", "profile": "tiny", "seed": 0, "status": "complete"}
+    assert expected.items() <= metrics.items()
+    TypeAdapter(RunFile).validate_python(metrics)
+    assert metrics["parents"] == {"base": folders.sha256(folders.study_folder(tiny_study) / "base" / folders.METRICS)}
+
+
+@pytest.mark.parametrize(("split", "n"), [("dev", 60), ("train", 40)])
+def test_each_evaluation_has_exactly_the_contracts_numbers(metrics, split, n):
+    assert set(metrics["evaluation"]) == {"dev", "train"}
+    block = metrics["evaluation"][split]
+    assert set(block) == EVALUATION
+    assert block["n"] == n
+    assert all(isinstance(value, int | float) for value in block.values())
+
+
+def test_training_has_the_contracts_numbers(metrics):
+    block = metrics["training"]
+    assert {"steps", "wall_seconds", "peak_memory_bytes", "samples_per_second"} <= set(block)
+    assert block["steps"] == 4
+    assert block["wall_seconds"] > 0
+    assert block["samples_per_second"] > 0
+    assert block["peak_memory_bytes"] > 50e6  # bytes, not kilobytes
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "git_commit",
+        "git_dirty",
+        "profile_sha256",
+        "parameters",
+        "data_sha256",
+        "model",
+        "packages",
+        "python",
+        "os",
+        "cpu",
+        "gpu",
+        "started",
+        "finished",
+    ],
+)
+def test_provenance_says_what_the_contract_asks_for(metrics, key):
+    assert key in metrics["provenance"]
+
+
+def test_provenance_holds(metrics, tiny_study):
+    found = metrics["provenance"]
+    assert found["parameters"] == tiny_study.profile.model_dump()
+    assert found["data_sha256"] == folders.file_hashes(folders.study_folder(tiny_study) / "data", "*.tsv")
+    assert len(found["data_sha256"]) == 2
+    started, finished = (datetime.fromisoformat(found[name]) for name in ("started", "finished"))
+    assert started <= finished
+    assert started.tzinfo is not None
+    assert {"torch", "transformers", "trl", "peft"} <= set(found["packages"])
+
+
+def test_the_profiles_hash_tells_profiles_apart(tiny_study):
+    def digest(study):
+        return provenance.describe_provenance(study, study.run("sft"), provenance.now())["profile_sha256"]
+
+    other = replace(tiny_study, profile=tiny_study.profile.model_copy(update={"seeds": "0-9"}))
+    assert digest(tiny_study) == digest(replace(tiny_study, name="renamed"))
+    assert digest(tiny_study) != digest(other)
+
+
+def test_a_finished_run_holds_its_files(tiny_sft):
+    names = {path.name for path in tiny_sft.folder.iterdir()}
+    assert {folders.METRICS, folders.TRAJECTORY, "predictions.parquet", "predictions_train.parquet", "policy"} <= names
+    policy = {path.name for path in (tiny_sft.folder / "policy").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= policy
+    assert not [name for name in policy if name.endswith((".bin", ".pt", ".pkl"))]
+    assert "ref" not in policy
+
+
+def test_the_trajectory_has_the_step_and_the_dev_numbers(tiny_sft):
+    trajectory = pd.read_csv(tiny_sft.folder / folders.TRAJECTORY)
+    assert trajectory.columns[0] == "step"
+    assert set(trajectory.columns[1:]) == EVALUATION
+    assert trajectory["step"].tolist() == [0, 4]
+    assert trajectory.notna().all(axis=None)
+
+
+def test_predictions_have_a_row_per_dev_sentence(tiny_sft):
+    table = pd.read_parquet(tiny_sft.folder / folders.answers_file("dev"))
+    expected = ["sentence", "label", "source", "truth", "logp_acceptable", "logp_unacceptable", "sampled", "greedy"]
+    assert table.columns.tolist() == expected
+    assert len(table) == table["sentence"].nunique() == 60
+    assert (table[["logp_acceptable", "logp_unacceptable"]] <= 0).all(axis=None)
+    assert len(pd.read_parquet(tiny_sft.folder / folders.answers_file("train"))) == 40
+
+
+def test_metrics_follow_from_the_predictions(tiny_sft, metrics):
+    table = pd.read_parquet(tiny_sft.folder / folders.answers_file("dev"))
+    logp = table["logp_acceptable"].where(table["label"] == 1, table["logp_unacceptable"])
+    assert metrics["evaluation"]["dev"]["sft_loss"] == pytest.approx(-logp.mean())

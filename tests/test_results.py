@@ -1,0 +1,242 @@
+"""Results as tables: what is collected, what is read back to the last digit, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import TypeAdapter
+
+from nondecoupling.analysis import claims, controls
+from nondecoupling.study import contracts, folders, results
+from nondecoupling.study.study import load_study
+
+REFERENCES = sorted((folders.REPOSITORY / "results" / "reference").iterdir())
+SEEDS = [3, 5]
+
+
+def answers_of(run, seed):
+    rng = np.random.default_rng(len(run) + seed)
+    log_odds = rng.normal(size=4)
+    return pd.DataFrame(
+        {
+            "sentence": list("abcd"),
+            "label": [1, 0, 1, 1],
+            "source": "s",
+            "truth": pd.array([1, 0, 0, 1], "Int64"),
+            "logp_acceptable": -np.log1p(np.exp(-log_odds)),
+            "logp_unacceptable": -np.log1p(np.exp(log_odds)),
+            "sampled": "acceptable",
+            "greedy": "acceptable",
+        }
+    )
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """The tiny study with empty run folders of the main runs, as if they had been trained."""
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
+    study = load_study("tiny")
+    for run in study.runs_of("main"):
+        for seed in SEEDS[:1] if run.once else SEEDS:
+            finish(study, run, seed)
+    return study
+
+
+def finish(study, run, seed, **changed):
+    """A finished run folder with the contract's files."""
+    root = folders.study_folder(study)
+    folder = folders.run_folder(root, run, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = {"n": 4, "sft_loss": 0.1 + seed / 3, "reward_exact": 0.5} if run.stage != "data" else {"n": 4}
+    record = {
+        "run": run.name,
+        "stage": run.stage,
+        "parent": run.parent,
+        "parents": folders.parent_hashes(study, root, run, seed),
+        "profile": "tiny",
+        "study": "tiny",
+        "seed": None if run.once else seed,
+        "status": "complete",
+        "evaluation": {"dev": metrics, "train": metrics},
+        "training": {"steps": 4} if run.stage in results.TRAINED else {},
+        "provenance": {
+            "git_commit": "c" * 40,
+            "git_dirty": False,
+            "parameters": study.profile.model_dump(),
+            "chosen": [],
+            "cpu": "one",
+            "started": f"2026-01-0{1 + seed % 2}T00:00:00+00:00",
+            "finished": "2026-01-03T00:00:00+00:00",
+        },
+    }
+    folders.write_json(folder / folders.METRICS, record | changed)
+    if run.stage != "data":
+        answers_of(run.name, seed).to_parquet(folder / folders.answers_file("dev"))
+    if run.stage in results.TRAINED:
+        table = pd.DataFrame({"step": [0, 4], "sft_loss": [1 / 3, 0.1 + seed / 7]})
+        table.to_csv(folder / folders.TRAJECTORY, index=False)
+
+
+def test_runs_become_tables_and_are_read_back_to_the_last_digit(study):
+    collected = results.collect(study, SEEDS, ["main"])
+    results.write_results(collected)
+    read = results.read_results(study, folders.study_folder(study))
+    for name in ("metrics", "trajectories", "answers"):
+        pd.testing.assert_frame_equal(getattr(read, name), getattr(collected, name), check_exact=True)
+    assert read.provenance == collected.provenance
+    assert read.seeds == SEEDS
+    assert (read.own, read.source) == (True, "this study's own runs")
+
+
+def test_a_run_that_serves_all_seeds_has_rows_for_each_and_one_cost(study):
+    collected = results.collect(study, SEEDS, ["main"])
+    base = collected.final("base")
+    assert base["seed"].tolist() == SEEDS
+    assert base["sft_loss"].nunique() == 1
+    assert collected.final("base", "sft")["run"].tolist() == ["base", "base", "sft", "sft"]
+    assert collected.final(split="train")["run"].nunique() == 5  # no data run, which is no policy
+    assert collected.costs["run"].tolist().count("base") == 1
+    assert collected.costs["run"].tolist().count("sft") == 2
+    assert (
+        collected.answers_of("base", 3)
+        .drop(columns="seed")
+        .equals(collected.answers_of("base", 5).drop(columns="seed"))
+    )
+
+
+def test_trajectories_have_run_seed_and_step(study):
+    table = results.collect(study, SEEDS, ["main"]).trajectories
+    assert table.columns[:3].tolist() == ["run", "seed", "step"]
+    assert len(table) == 4 * 2 * 2
+    assert set(table["run"]) == {"sft", "sft-rl", "rl", "rl-sft"}
+
+
+def test_a_missing_run_is_named(study):
+    (folders.study_folder(study) / "seed5" / "rl-sft" / folders.METRICS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"seed5/rl-sft, which is not there"):
+        results.collect(study, SEEDS, ["main"])
+
+
+def test_a_run_beside_another_parent_than_its_own_is_refused(study):
+    finish(study, study.run("sft"), 5, training={"steps": 5})
+    with pytest.raises(RuntimeError, match=r"seed5/sft-rl was made from another sft than the one beside it"):
+        results.collect(study, SEEDS, ["main"])
+
+
+def test_provenance_says_once_what_runs_share_and_by_run_what_differs(study):
+    run = study.run("rl")
+    record = folders.read_json(folders.study_folder(study) / "seed5" / "rl" / folders.METRICS)
+    finish(study, run, 5, provenance=record["provenance"] | {"cpu": "another"})
+    finish(study, study.run("rl-sft"), 5)
+    provenance = results.collect(study, SEEDS, ["main"]).provenance
+    TypeAdapter(contracts.ProvenanceFile).validate_python(provenance)
+    assert provenance["parameters"] == study.profile.model_dump()
+    assert provenance["shared"]["cpu"] == "one"
+    by_run = provenance["runs"]
+    assert by_run["seed5/rl"]["cpu"] == "another"
+    assert "cpu" not in by_run["seed3/rl"]
+    assert "parameters" not in by_run["seed3/rl"]
+    assert by_run["seed3/sft-rl"]["parents"] == {"sft": by_run["seed3/sft"]["sha256"]}
+    assert by_run["seed3/sft"]["parents"] == {"base": by_run["base"]["sha256"]}
+
+
+def test_without_tables_the_reference_is_read_and_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
+    found = results.results_to_read(load_study("nano"), "sft", "sft-rl-b1")
+    assert found.source == "the committed reference"
+    assert not found.own
+    before = (found.folder / "claims.json").read_bytes()
+    found.write("claims.json", [])
+    assert "not written" in capsys.readouterr().out
+    assert (found.folder / "claims.json").read_bytes() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_study_is_read_where_it_has_what_is_asked_for(study):
+    results.write_results(results.collect(study, SEEDS, ["main"]))
+    assert results.results_to_read(study, "sft", "rl").own
+    with pytest.raises(FileNotFoundError, match=r"no reference of 'tiny'.*make controls"):
+        results.results_to_read(study, "sft", "rl-rl")
+    with pytest.raises(KeyError, match="no answers of 'rl-rl', seed 3"):
+        results.results_to_read(study, "sft").answers_of("rl-rl", 3)
+
+
+def test_tables_of_another_version_are_refused_in_one_sentence(study):
+    results.write_results(results.collect(study, SEEDS, ["main"]))
+    path = folders.study_folder(study) / results.PROVENANCE
+    content = folders.read_json(path)
+    content["parameters"]["rl"].pop("beta")
+    folders.write_json(path, content)
+    with pytest.raises(ValueError, match=r"'tiny' was made by another version.*make reproduce renews it.*rl.beta"):
+        results.read_results(None, path.parent)
+
+
+# What is committed
+
+
+@pytest.fixture(params=REFERENCES, ids=lambda folder: folder.name)
+def reference(request) -> Path:
+    return request.param
+
+
+def test_committed_files_keep_their_contracts(reference):
+    files = {
+        "claims.json": list[contracts.ClaimRow],
+        "controls.json": list[contracts.ClaimRow],
+        "theory.json": contracts.TheoryFile,
+        "provenance.json": contracts.ProvenanceFile,
+    }
+    for name, kind in files.items():
+        if (reference / name).exists():
+            TypeAdapter(kind).validate_python(folders.read_json(reference / name))
+    found = results.read_results(None, reference)
+    assert found.study.name == reference.name
+    assert set(found.metrics.columns[:3]) == {"run", "seed", "split"}
+    assert sorted(found.metrics["seed"].unique()) == found.seeds
+    assert (found.answers.groupby(["run", "seed"]).size() == found.final()["n"].iloc[0]).all()
+    if not found.study.profile.data.generated:
+        assert set(found.answers["sentence"]) == {""}  # their copyright is not ours
+
+
+def test_committed_runs_are_beside_their_own_parents(reference):
+    """Where a run's parent is unknown, because that run was made before parents were noted, provenance says so."""
+    provenance = folders.read_json(reference / "provenance.json")
+    study, runs, unknown = results.read_results(None, reference).study, provenance["runs"], 0
+    for place, entry in runs.items():
+        seed, _, name = place.rpartition("/")
+        for parent, digest in entry["parents"].items():
+            where = parent if study.run(parent).once else f"{seed}/{parent}"
+            assert digest in (None, runs[where]["sha256"]), place
+            unknown += digest is None
+        assert list(entry["parents"]) == study.run(name).parents
+    assert ("older than the parent" in provenance["note"]) == (unknown > 0)
+
+
+def test_committed_claims_follow_from_the_committed_tables(reference):
+    found = results.read_results(None, reference)
+    rows = claims.judge_claims(found)
+    stored = folders.read_json(reference / "claims.json")
+    rows += claims.judge_theory(found, found.read("theory.json"))
+    if found.read("controls.json"):
+        rows += controls.judge_controls(found, rows) + controls.judge_joint(found)
+    else:
+        rows += controls.controls_not_run(found.study)
+    assert [row["id"] for row in rows] == [row["id"] for row in stored]
+    for fresh, old in zip(rows, stored, strict=True):
+        for key, value in fresh.items():
+            assert value == pytest.approx(old[key]) if isinstance(value, float | list) else value == old[key], fresh[
+                "id"
+            ]
+
+
+def test_a_committed_reference_is_small_and_names_no_machines_path(reference):
+    files = [path for path in reference.rglob("*") if path.is_file() and "policy" not in path.parts]
+    assert len(files) < 25
+    assert sum(path.stat().st_size for path in files) < 8e6
+    for path in {*reference.rglob("*.json")} - {*reference.rglob("tokenizer*.json")}:
+        text = path.read_text(encoding="utf-8")
+        assert str(Path.home()) not in text
+        assert '"/' not in text, path
+        json.loads(text)
