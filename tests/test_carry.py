@@ -1,201 +1,172 @@
-"""Recipes on a Dask cluster, with small shell commands in place of notebooks; test_pipeline.py has the study itself."""
+"""Commands on a Dask cluster, with small shell scripts in place of notebooks; test_pipeline.py has the study itself."""
 
-import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from nondecoupling import cluster, execute
+from making import environment, until
+from nondecoupling.study.study import load_study
+from nondecoupling.workflow import carry, executor
 
-# Shell words that kill the Dask worker above a command; between the two is the guard.
+# Kills the Dask worker above a command; between the two is the guard.
 KILL_WORKER = "kill -9 $(ps -o ppid= -p $PPID)"
+SENTENCE = "workers need this checkout and its results folder at the same paths"
 
 
-@pytest.fixture
-def plan(tmp_path, monkeypatch):
-    """Writes a plan in a folder of its own, from "target: needed files" and commands; returns its file and tasks."""
+def shell(script: str) -> list[str]:
+    """The command that runs a shell script."""
+    return ["sh", "-c", script]
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A cluster on this machine with one worker of one thread."""
+    with carry.local_scheduler(1) as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Commands run in a folder of their own."""
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "plan.mk"
-
-    def write(rules: dict[str, str]) -> tuple[Path, list[cluster.Task]]:
-        recipes = {rule: command.replace("$", "$$") for rule, command in rules.items()}
-        path.write_text("\n".join(f"{rule}\n\t@{command}\n" for rule, command in recipes.items()))
-        asked = subprocess.run(
-            ["make", "--dry-run", "-f", str(path)], capture_output=True, text=True, check=True, env=without_make()
-        )
-        return path, cluster.tasks_of(path, asked.stdout)
-
-    return write
+    return tmp_path
 
 
-def without_make() -> dict[str, str]:
-    """The environment, free of what an outer make tells an inner one."""
-    return {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+@contextmanager
+def carried(*command: str):
+    """A process of its own that carries ``command``, as make starts it; it is killed where a test forgets it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nondecoupling.workflow.carry", *command],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # parallel tests have it ignored
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
 
 
-def wait_for(file: Path) -> None:
-    while not file.exists():
-        time.sleep(0.1)
+def written(file: Path) -> str:
+    """What a command has written to ``file``, as soon as it has."""
+    return until(lambda: file.exists() and file.read_text(), f"{file.name} is written")
 
 
-def execute_locally(workers: int, plan: Path, tasks: list[cluster.Task], **environment: str) -> None:
-    cluster.execute_tasks("local", workers, plan, tasks, [Path(__file__)], os.environ | environment)
+# What comes back
 
 
-def test_tasks_are_what_make_would_run_in_its_order(plan, tmp_path):
+def test_what_a_command_prints_and_how_it_ends_comes_back(address, here, monkeypatch, capfd):
+    monkeypatch.setenv("NONDECOUPLING_WORD", "it's")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)  # Dask sets it in its workers
+    script = 'pwd; echo $NONDECOUPLING_WORD $OMP_NUM_THREADS $MKL_NUM_THREADS "$0"; echo careful >&2; exit 3'
+    assert carry.main([address, *shell(script), "a b"]) == 3
+    assert tuple(capfd.readouterr()) == (f"{here}\nit's 5 a b\n", "careful\n")
+    assert list(here.iterdir()) == []  # the token is gone
+
+
+def test_a_failing_part_stops_only_what_needs_it(here, monkeypatch, capfd):
+    """On a cluster, where a study goes on for hours; make keeps the order."""
     rules = {
-        "all: b c": "echo all",
-        "a: ": "touch a",
-        "b: a": "echo $HOME > b",
-        "c: a": "touch c",
+        "study: child other": "touch study",
+        "first:": "touch first",
+        "bad: first": "echo 'error: it is broken' >&2; exit 1",
+        "child: bad": "touch child",
+        "other: first": "sleep 2; echo 'other · 0:02'; touch other",
     }
-    for name in ("a", "c"):
-        (tmp_path / name).touch()
-    _, tasks = plan(rules)
-    assert tasks == [cluster.Task("b", ["a"], "echo $HOME > b"), cluster.Task("all", ["b", "c"], "echo all")]
+    recipes = [f"{rule}\n\t@$(CARRY) {shlex.join(shell(script))}\n" for rule, script in rules.items()]
+
+    def write_rules(root, *_):
+        (root / "plan.mk").write_text("".join(["CARRY =\n", *recipes]))
+        return root / "plan.mk"
+
+    monkeypatch.setattr(executor, "write_rules", write_rules)
+    monkeypatch.setattr(executor, "stale_parts", lambda *_: [SimpleNamespace(name="other")])
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(here))
+    monkeypatch.setenv("MAKEFLAGS", "n")  # of an outer make
+    with pytest.raises(RuntimeError, match=r"the study is not complete; .* goes on from there"):
+        executor.make_study(load_study("tiny"), [0], ["main"], [], jobs=2, scheduler="local")
+    printed = capfd.readouterr()
+    assert printed.out.splitlines()[-1] == "[1/1] other · 0:02 · 100 % done"
+    assert "error: it is broken" in printed.err.splitlines()
+    assert {file.name for file in (here / "tiny").iterdir()} == {"plan.mk", "settings", "first", "other"}
 
 
-def test_what_comes_first_in_the_plan_is_done_first(plan, tmp_path):
-    """Up to what is on its way to the worker: an interrupted study has whole seeds and not a part of each."""
-    rules = {f"{name}: ": f"sleep 0.3; echo {name} >> order" for name in ("a1", "a2", "a3", "a4", "a5")}
-    execute_locally(1, *plan({"all: a1 b1 a2 a3 a4 a5": "true", "b1: a1": "echo b1 >> order"} | rules))
-    order = (tmp_path / "order").read_text().split()
-    assert order[0] == "a1"
-    assert order.index("b1") < order.index("a5")
+# Workers that die
 
 
-def test_a_failing_task_stops_only_what_needs_it(plan, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    path, tasks = plan(
-        {
-            "all: child last other": "touch all",
-            "first: ": "touch first; echo $NONDECOUPLING_WORD $OMP_NUM_THREADS $MKL_NUM_THREADS",
-            "bad: first": "echo 'error: it is broken' >&2; exit 1",
-            "child: bad": "touch child",
-            "mute: first": "exit 3",
-            "next: first": "sleep 2; echo careful >&2; touch next",
-            "last: next mute": "touch last",
-            "other: next": "touch other",
-        }
-    )
-    with pytest.raises(RuntimeError, match="2 of its 8 tasks failed and 3 that need them were not run; .* goes on"):
-        execute_locally(2, path, tasks, NONDECOUPLING_WORD="passed", OMP_NUM_THREADS="5")
-    printed = capsys.readouterr()
-    assert printed.out == "passed 5\n"
-    failures = ["error: it is broken", "error: mute: its command ended with status 3"]
-    assert sorted(printed.err.splitlines()) == ["careful", *failures]
-    assert {file.name for file in tmp_path.iterdir()} == {"plan.mk", "first", "next", "other"}
+def test_what_a_killed_worker_was_doing_is_done_again_and_its_orphan_dies(address, here):
+    script = f"if test -e tried; then touch done; else touch tried; {KILL_WORKER}; sleep 2; touch orphan; fi"
+    assert carry.main([address, *shell(script)]) == 0
+    assert (here / "done").exists()
+    assert carry.main([address, "sleep", "2"]) == 0
+    assert not (here / "orphan").exists()
 
 
-def test_what_a_killed_worker_was_doing_is_done_again_and_nothing_else(plan, tmp_path):
-    """One worker: it is also the one that remembers the first task's return value."""
-    go_on = "sleep 1; touch orphan"
-    path, tasks = plan(
-        {
-            "second: first": f"if test -e tried; then touch second; else touch tried; {KILL_WORKER}; {go_on}; fi",
-            "first: ": "echo made >> first",
-        }
-    )
-    execute_locally(1, path, tasks)
-    assert (tmp_path / "first").read_text() == "made\n"
-    assert (tmp_path / "second").exists()
-    time.sleep(1)
-    assert not (tmp_path / "orphan").exists()
-
-
-def test_a_task_that_kills_every_worker_is_given_up(plan, capsys):
+def test_a_command_that_kills_every_worker_is_given_up(capfd):
     import dask.config
 
-    path, tasks = plan({"greedy: ": KILL_WORKER})
-    with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
-        pytest.raises(RuntimeError, match="1 of its 1 tasks failed"),
-    ):
-        execute_locally(1, path, tasks)
-    assert capsys.readouterr().err == "error: greedy: every worker that ran it died, most likely for want of memory\n"
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}), carry.local_scheduler(1) as address:
+        assert carry.main([address, *shell(KILL_WORKER)]) == 1
+    assert capfd.readouterr().err == "error: every worker that ran it died, most likely for want of memory\n"
 
 
-def test_a_running_scheduler_is_used_by_its_address_once_it_has_workers(plan, tmp_path, monkeypatch):
-    from distributed import LocalCluster
-
-    path, tasks = plan({"first: ": "touch first"})
-    with LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None) as running:
-        address = running.scheduler_address
-        with monkeypatch.context() as patch:
-            patch.setattr(cluster, "CONNECT_SECONDS", 1)
-            with pytest.raises(ConnectionError, match=f"{address} has no workers; start some: dask worker {address}"):
-                cluster.execute_tasks(address, 1, path, tasks, [], os.environ)
-        running.scale(1)
-        running.wait_for_workers(1)
-        with cluster.connected(address, 1) as client:  # of a make that ends without a word
-            client.submit(cluster.run_command, path, "touch begun; sleep 60", {}, tmp_path)
-            wait_for(tmp_path / "begun")
-        started = time.perf_counter()
-        cluster.execute_tasks(address, 1, path, tasks, [], os.environ)
-        assert time.perf_counter() - started < 30  # one worker, one thread: what it slept on had to go first
-    assert (tmp_path / "first").exists()
-
-
-def test_a_scheduler_that_dies_is_said_in_one_sentence(plan, tmp_path):
-    path, tasks = plan({"last: ": "touch begun; sleep 60"})
-    start = "from distributed import LocalCluster; cluster = LocalCluster(1, dashboard_address=None)"
-    words = [sys.executable, "-c", f"{start}; print(cluster.scheduler_address, flush=True); input()"]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
-
-        def die() -> None:
-            wait_for(tmp_path / "begun")
-            running.kill()
-
-        dying = threading.Thread(target=die)
-        dying.start()
-        with pytest.raises(ConnectionError, match="the scheduler is gone, .* the same command goes on"):
-            cluster.execute_tasks(running.stdout.readline().strip(), 1, path, tasks, [], os.environ)
-        dying.join()
-
-
-def test_a_worker_that_has_lost_its_scheduler_stops_its_commands(tmp_path, monkeypatch):
-    """Dask would wait for them, while the next worker begins the same run."""
+def test_a_worker_that_has_lost_its_scheduler_stops_its_command(here, monkeypatch):
+    """Dask would let it run for half a minute, while the next worker begins the same run."""
     import distributed
 
     monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(status=distributed.Status.closing))
-    started = time.perf_counter()
-    ended = cluster.run_command(tmp_path / "plan.mk", "echo begun; sleep 60", {}, tmp_path)
+    ended = carry.run_command(shell("echo begun; sleep 60"), {}, {}, str(here))
     assert ended == (-signal.SIGKILL, "begun\n", "")
-    assert time.perf_counter() - started < 30
+    assert carry.running == {}
 
 
-@pytest.mark.parametrize(
-    ("seen", "words"),
-    [
-        (lambda own: [None, *own[1:]], "tcp://node:1 does not see the results folder {folder}"),
-        (lambda own: ["copied", *own[1:]], "has another {folder}/tmp"),
-        (lambda own: [*own[:-1], "edited"], "tcp://node:1 has another {folder}/two.py, or none"),
-        (lambda own: [*own[:-1], None], "has another {folder}/two.py, or none"),
-        (lambda own: ModuleNotFoundError("No module named 'x'"), "cannot check its files (No module named 'x')"),
-    ],
-)
-def test_a_worker_with_other_files_is_refused(tmp_path, seen, words):
-    code = [tmp_path / "one.py", tmp_path / "two.py"]
-    for path in code:
-        path.write_text(f"# {path.name}")
+# Workers elsewhere
 
-    class Elsewhere:
-        def run(self, function, files, on_error):
-            return {"tcp://good:1": function(files), "tcp://node:1": seen(function(files))}
 
-    with pytest.raises(
-        ConnectionError, match="workers need this checkout and its results folder at the same paths"
-    ) as e:
-        cluster.require_same_files(Elsewhere(), tmp_path, code)
-    assert words.format(folder=tmp_path) in str(e.value)
-    assert set(tmp_path.iterdir()) == set(code)
+@pytest.mark.parametrize("theirs", ["# theirs", None])
+def test_a_worker_with_other_files_is_refused_in_a_sentence(address, here, monkeypatch, capfd, theirs):
+    other, sha256 = here / "code.py", carry.folders.sha256
+    if theirs:
+        other.write_text(theirs)
+    monkeypatch.setattr(carry, "deciding_files", lambda: [other])
+    monkeypatch.setattr(carry.folders, "sha256", lambda path: "ours" if path == other else sha256(path))
+    assert carry.main([address, "touch", "done"]) == 1
+    [line] = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(rf"error: worker tcp://\S+ has no {other}, or another; {SENTENCE}\.", line)
+    assert not (here / "done").exists()
+
+
+def test_a_worker_that_does_not_share_the_results_folder_is_refused(here, monkeypatch):
+    import distributed
+
+    monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(address="tcp://node:1"))
+    ended = carry.run_command(["touch", "done"], {str(here / "token"): "0"}, {}, str(here))
+    assert ended.status == 1
+    assert ended.complaints == f"error: worker tcp://node:1 has no {here / 'token'}, or another; {SENTENCE}.\n"
+    assert list(here.iterdir()) == []
+
+
+def test_files_that_decide_are_the_code_the_notebooks_and_the_lock():
+    names = {path.name for path in carry.deciding_files()}
+    assert {"requirements.lock", "carry.py", "nano.yaml", "04_rl.ipynb"} < names
+    assert all(path.is_file() for path in carry.deciding_files())
+
+
+# Schedulers
 
 
 def unused_address() -> str:
@@ -204,25 +175,77 @@ def unused_address() -> str:
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "words"),
-    [
-        (unused_address, ["no Dask scheduler answers at tcp://127.0.0.1:", "SCHEDULER=local"]),
-        ("locl", ["'locl'", "tcp://host:8786"]),
-        ("foo://host:8786", ["'foo'", "tcp"]),
-        ("tcp://host", ["port", "'host'"]),
-    ],
-)
-def test_a_scheduler_that_cannot_be_used_is_said_in_one_line(tmp_path, monkeypatch, capfd, scheduler, words):
-    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 2)
-    started, scheduler = time.perf_counter(), scheduler() if callable(scheduler) else scheduler
-    assert execute.main(["reproduce", "--seeds", "0", "--scheduler", scheduler]) == 1
-    assert time.perf_counter() - started < 15
-    printed = capfd.readouterr()
-    [line] = printed.err.splitlines()
-    assert line.startswith("error: ")
-    for word in words:
-        assert word in line
-    assert printed.out.startswith("study 'nano': 8 of 8 notebooks to execute")
-    assert {path.name for path in (tmp_path / "nano").iterdir()} == {"plan.mk", "settings"}
+def test_a_scheduler_that_does_not_answer_is_said_in_one_sentence(monkeypatch, capfd):
+    monkeypatch.setattr(carry, "CONNECT_SECONDS", 1)
+    assert carry.main([address := unused_address(), "true"]) == 1
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: no Dask scheduler answers at {address}; start one there")
+
+
+def test_a_scheduler_without_workers_is_said_in_one_sentence(monkeypatch, capfd):
+    from distributed import LocalCluster
+
+    monkeypatch.setattr(carry, "CONNECT_SECONDS", 1)
+    with LocalCluster(n_workers=0, dashboard_address=None) as running:
+        address = running.scheduler_address
+        assert carry.main([address, "true"]) == 1
+    [line] = capfd.readouterr().err.splitlines()
+    assert line == f"error: the scheduler at {address} has no workers; start some: dask worker {address} --nthreads 1"
+
+
+@pytest.mark.xfail(strict=True, reason="it asks for the port of Dask's dashboard, which it does not have")
+def test_a_second_cluster_on_this_machine_says_nothing(address, recwarn):
+    with carry.local_scheduler(1) as another:
+        assert another != address
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_scheduler_that_dies_is_said_in_one_sentence(here, capfd):
+    start = "from distributed import LocalCluster; cluster = LocalCluster(1, dashboard_address=None)"
+    words = [sys.executable, "-c", f"{start}; print(cluster.scheduler_address, flush=True); input()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(words, text=True, **pipes) as running:
+
+        def die() -> None:
+            try:
+                written(here / "begun")
+            finally:
+                running.kill()
+
+        dying = threading.Thread(target=die)
+        dying.start()
+        assert carry.main([running.stdout.readline().strip(), *shell("echo begun > begun; sleep 60")]) == 1
+        dying.join()
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: the scheduler is gone, and with it what its workers were executing")
+
+
+# Commands that are stopped
+
+ONCE = "echo $$ >> begun; test $(wc -l < begun) = 2 || exec sleep 60"
+
+
+def ended(pid: str) -> None:
+    until(lambda: not psutil.pid_exists(int(pid)), "the command on the worker ends", 20)
+
+
+@pytest.mark.xfail(strict=True, reason="a worker has another `running` of each function that a program sends it")
+def test_ctrl_c_stops_the_command_on_its_worker(address, here):
+    with carried(address, *shell(ONCE)) as process:
+        pid = written(here / "begun")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr.read() == ""
+    ended(pid)
+
+
+@pytest.mark.xfail(strict=True, reason="a worker has another `running` of each function that a program sends it")
+def test_a_command_of_a_make_that_ended_without_a_word_is_stopped_first(address, here):
+    """The worker has one thread: the second waits until the first is gone."""
+    with carried(address, *shell(ONCE)) as process:
+        pid = written(here / "begun")
+        process.kill()
+    with carried(address, *shell(ONCE)) as process:
+        assert process.wait(timeout=30) == 0
+    ended(pid)
+    assert len((here / "begun").read_text().split()) == 2

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from nondecoupling import flags
+from nondecoupling.analysis.collapse import is_collapsed, warnings_about
 
 SOUND = {
     "n": 1000,
@@ -15,21 +15,26 @@ SOUND = {
 }
 
 
-def test_a_sound_policy_has_no_flag():
-    assert flags.flags_of(SOUND) == []
+def test_of_a_sound_policy_nothing_is_remarkable():
+    assert warnings_about(SOUND) == ["nothing remarkable: the policy has not collapsed and keeps to the format"]
 
 
 @pytest.mark.parametrize(("rate", "answer"), [(1.0, "'acceptable'"), (0.0, "'unacceptable'")])
-def test_collapse_is_flagged_with_the_answer_and_the_majority_line(rate, answer):
-    (flag,) = flags.flags_of(SOUND | {"predicted_acceptable_rate": rate, "mcc": 0.0, "reward_greedy": 0.385})
-    assert flag.startswith("COLLAPSED")
+def test_a_collapse_is_named_with_the_answer_and_the_majority_line(rate, answer):
+    (warning,) = warnings_about(SOUND | {"predicted_acceptable_rate": rate, "mcc": 0.0, "reward_greedy": 0.385})
+    assert warning.startswith("COLLAPSED")
     for word in (answer, "MCC 0.000", "0.385"):
-        assert word in flag
+        assert word in warning
 
 
-def test_a_policy_that_leaves_the_format_is_flagged():
-    (flag,) = flags.flags_of(SOUND | {"label_mass": 0.31})
-    assert flag.startswith("FORMAT: only 31.0%")
+def test_a_policy_that_leaves_the_format_is_named():
+    (warning,) = warnings_about(SOUND | {"label_mass": 0.31})
+    assert warning.startswith("FORMAT: only 31.0%")
+
+
+def test_a_policy_may_have_both_faults():
+    fallen = SOUND | {"predicted_acceptable_rate": 1.0, "mcc": 0.0, "label_mass": 0.89}
+    assert [warning.partition(":")[0] for warning in warnings_about(fallen)] == ["COLLAPSED", "FORMAT"]
 
 
 @pytest.mark.parametrize(
@@ -48,4 +53,4 @@ def test_a_policy_that_leaves_the_format_is_flagged():
 )
 def test_collapse_is_one_answer_without_correlation(rate, mcc, collapsed):
     table = pd.DataFrame({"n": [1000], "predicted_acceptable_rate": [rate], "mcc": [mcc]})
-    assert flags.is_collapsed(table).tolist() == [collapsed]
+    assert is_collapsed(table).tolist() == [collapsed]

@@ -1,6 +1,5 @@
-"""Controls and joint training: predictions and verdicts on policies made by hand."""
+"""Controls and joint training: verdicts on policies made by hand."""
 
-import json
 import math
 
 import numpy as np
@@ -8,174 +7,129 @@ import pandas as pd
 import pytest
 from scipy.special import expit, logit
 
-from nondecoupling import claims, controls, runs, theory
-from nondecoupling.profile import load_study
-from nondecoupling.statistics import mcnemar
+from nondecoupling.analysis import controls
+from nondecoupling.study.contracts import ClaimRow
+from nondecoupling.study.study import load_study
+from tables import SEEDS, is_a, metrics_of, odds_of, policy, results_of
 
-SEEDS = (0, 1, 2)
 LABELS = np.array([1, 1, 0, 1, 0, 1, 1, 0] * 5)
-
-
-def predictions_at(p_label, mass=1.0, labels=LABELS):
-    """Predictions of a policy that gives the right label the probability ``p_label`` of what the two share."""
-    p_label = np.broadcast_to(p_label, labels.shape)
-    acceptable = np.where(labels == 1, p_label, 1 - p_label)
-    return pd.DataFrame(
-        {
-            "sentence": [f"s{place}" for place in range(len(labels))],
-            "label": labels,
-            "logp_acceptable": np.log(mass * acceptable),
-            "logp_unacceptable": np.log(mass * (1 - acceptable)),
-        }
-    )
-
-
-@pytest.fixture
-def study():
-    return load_study("nano")
-
-
-@pytest.fixture
-def root(tmp_path, study):
-    """A folder with predictions of every policy that the controls read."""
-    p = {"sft": 0.8, "rl": 0.9, "sft-rl": 0.95, "rl-sft": 0.8, "sft-wordings": 0.8, "sft-clean": 0.9}
-    p |= {"joint-m0.5": 0.9, "interleaved": 0.85}
-    for seed in SEEDS:
-        for run, value in p.items():
-            folder = runs.run_folder(tmp_path, run, seed)
-            folder.mkdir(parents=True)
-            mass = 0.9 if run == "sft-wordings" else 1.0
-            predictions_at(value + 0.001 * seed, mass).to_parquet(folder / runs.predictions_file("dev"))
-        folder = runs.run_folder(tmp_path, "reward-model", seed)
-        folder.mkdir(parents=True)
-        scored = np.where(LABELS == 1, 1.0, -1.0)
-        table = predictions_at(0.8).assign(score_acceptable=scored, score_unacceptable=-scored)
-        table.to_parquet(folder / runs.predictions_file("dev"))
-    return tmp_path
-
-
-def final_metrics(changes=None):
-    names = {run for claim in controls.CONTROLS for run in (claim.before, claim.after)}
-    names |= {"sft", "sft-rl", "rl", "rl-sft", "rl-weak", "joint-m0.5", "interleaved"}
-    rows = []
-    for run in sorted(names):
-        for seed in SEEDS:
-            row = {"run": run, "seed": seed, "sft_loss": 0.4, "reward_exact": 0.5, "reward_greedy": 0.6, "n": 1000}
-            row |= {"mcc": 0.6, "predicted_acceptable_rate": 0.7, "majority_reward": 0.37}
-            rows.append(row | {k: v + 0.001 * seed for k, v in (changes or {}).get(run, {}).items()})
-    return pd.DataFrame(rows)
-
-
-@pytest.fixture
-def trajectories():
-    """After a quarter of the steps RL has 80 % of its reward and 50 % of its loss."""
-    table = pd.DataFrame({"step": [0, 16, 64], "reward_exact": [0.4, 0.56, 0.6], "sft_loss": [0.4, 0.5, 0.6]})
-    return pd.concat([table.assign(run="sft-rl", seed=seed) for seed in SEEDS])
-
-
 A1 = {"id": "A1", "predicted": 0.2, "predicted_from_policies": 0.21}
+STUDY = load_study("nano")
+P = {"sft": 0.8, "rl": 0.9, "sft-rl": 0.95, "rl-sft": 0.8, "sft-wordings": 0.8, "sft-clean": 0.9}
+P |= {"joint-m0.2": 0.85, "joint-m0.5": 0.9, "joint-m0.8": 0.85, "interleaved": 0.85}
 
 
-def judged(study, root, metrics, trajectories):
-    return {row["id"]: row for row in controls.judge_controls(study, root, [A1], metrics, trajectories)}
+def results(study=STUDY, changes=None, p=P):
+    """Policies that are right about every sentence, metrics of sound policies but for ``changes``.
+
+    After a quarter of its steps RL has 80 % of its reward, a little more by seed, and 40 % of its loss.
+    """
+    planned = {run.name for run in study.runs}
+    answers = [policy(run, odds_of(p[run], LABELS), LABELS) for run in P if run in planned]
+    sides = np.where(LABELS == 1, 1.0, -1.0)
+    answers += [policy("reward-model", 0.0, LABELS, score_acceptable=sides, score_unacceptable=-sides)]
+    metrics = metrics_of({run: (changes or {}).get(run, {}) for run in planned - {"data", "reward-model"}})
+    path = pd.DataFrame({"step": [0, 16, 64], "sft_loss": [0.4, 0.48, 0.6]})
+    paths = [path.assign(run="sft-rl", seed=seed, reward_exact=[0.4, 0.56 + 0.001 * seed, 0.6]) for seed in SEEDS]
+    paths += [path.assign(run="rl", seed=0, reward_exact=0.0)]  # of which nothing is asked
+    return results_of(study, answers, metrics, pd.concat(paths))
 
 
-def test_every_control_answers_an_objection_and_speaks_of_planned_runs(study):
-    all_claims = [*controls.CONTROLS, controls.COLLAPSE, controls.STOPPING]
-    assert {claim.id for claim in all_claims} == set(controls.OBJECTIONS)
-    planned = {"", "sequential", *(run.name for run in study.profile.runs)}
-    for claim in all_claims:
-        assert {claim.before, claim.after} <= planned, claim.id
+def judged(found):
+    return {row["id"]: row for row in controls.judge_controls(found, [A1])}
 
 
-def test_the_rise_by_another_wording_is_the_closed_form_of_the_tilt():
-    """Four answers: either label in either wording, of which only the right label in the other wording earns +1."""
-    q, share, beta = 0.9, 0.1, 0.5
-    p0 = np.array([(1 - share) * q, (1 - share) * (1 - q), share * q, share * (1 - q)])
-    reward = np.array([-1, -1, 2 * q - 1, 1 - 2 * q])  # expected over annotators
-    tilted = np.exp(theory.tilt(np.log(p0)[None], reward[None], beta))[0]
-    rise = np.log(p0[:2] / tilted[:2])
-    assert rise[0] == pytest.approx(rise[1])  # whatever the label
-    assert controls.wording_rise(np.array([q]), np.array([share]), beta) == pytest.approx(rise[0])
+def test_every_control_answers_an_objection_and_speaks_of_planned_runs():
+    assert [claim.id for claim in controls.controls_of(STUDY)] == list(controls.OBJECTIONS)
 
 
-def test_predictions_from_the_policies_by_hand(study, root):
-    metrics = final_metrics({"sft": {"reward_exact": 0.3}, "rl-weak": {"reward_exact": 0.1}})
-    perfect, policies = controls.predictions_for_controls(study, root, [A1], metrics)
-    assert (perfect["K1"], policies["K3"], policies["K10"]) == (0.2, 0.21, 0.21)
-    beta = study.profile.rl.beta
-    p = 0.8 + 0.001 * np.arange(3)
-    # a proxy that prefers every right label by 2 nats, of which RL adds 2 / beta
-    by_proxy = 2 * expit(logit(p) + 2 / beta) - 1
-    by_truth = 2 * expit(logit(p) + 2 * (2 * p - 1) / beta) - 1
-    assert policies["K9"] == pytest.approx((by_proxy - by_truth).mean(), abs=1e-6)
-    assert policies["K8"] == pytest.approx(0.2)
-    share = np.full(1, 0.1)
-    expected = [controls.wording_rise(np.array([value]), share, beta) for value in p]
-    right, wrong = p, 1 - p
-    assert len(right) == len(wrong)
-    assert policies["K4"] == pytest.approx(np.mean(expected), rel=0.05)  # p of "acceptable" is p or 1 - p
-    tilted = expit(logit(p + 0.1) + 2 * (2 * (p + 0.1) - 1) / beta)
-    assert policies["K6"] == pytest.approx(np.mean(np.log((p + 0.1) / tilted)), abs=1e-6)
-    assert perfect["K6"] == 0.0
-
-
-def test_verdicts_of_the_controls(study, root, trajectories):
-    metrics = final_metrics(
-        {
-            "sft-rl": {"sft_loss": 0.6},  # above more SFT, and above RL paid by a coin
-            "rl-rl": {"reward_exact": 0.5},
-            "sft-rl-format": {"sft_loss": 1.9},
+def test_verdicts_of_the_controls():
+    found = results(
+        changes={
+            "sft-rl": {"sft_loss": [0.6, 0.61, 0.62]},  # above more SFT, and above RL paid by a coin
+            "sft-sft": {"sft_loss": [0.4, 0.4, 0.41]},
+            "sft-wordings": {"sft_loss": [0.4, 0.401, 0.402]},
+            "sft-rl-format": {"sft_loss": [1.9, 1.903, 1.901]},
             "rl-weak": {"mcc": 0.0, "predicted_acceptable_rate": 0.999},
         }
     )
-    metrics["sft_loss"] += np.tile([0.0, 0.002, -0.001], len(metrics) // 3) * (metrics["run"] == "sft-rl-format")
-    rows = judged(study, root, metrics, trajectories)
+    rows = judged(found)
+    assert is_a(list[ClaimRow], list(rows.values()))
     assert list(rows) == [f"K{number}" for number in range(1, 12)]
+    assert rows["K1"]["estimate"] == pytest.approx(0.61 - 0.40333333)
+    assert rows["K1"]["verdict"] == "reproduced"
     assert rows["K4"]["estimate"] == pytest.approx(1.5, abs=0.01)
     assert rows["K4"]["verdict"] == "reproduced"
+    assert (rows["K6"]["predicted"], rows["K1"]["predicted_from_policies"]) == (0.0, 0.21)
     assert rows["K7"]["verdict"] == "reproduced"
-    assert (rows["K7"]["estimate"], rows["K7"]["p_value"]) == (1.0, None)
-    assert rows["K11"]["estimate"] == pytest.approx(0.3)
-    assert json.loads(json.dumps(list(rows.values()), allow_nan=False)) == list(rows.values())
+    assert (rows["K7"]["estimate"], rows["K7"]["p_value"], rows["K7"]["ci95"]) == (1.0, None, None)
+    assert rows["K8"]["note"] == "collapsed: rl-weak 3/3"
+    assert (rows["K11"]["estimate"], rows["K11"]["verdict"]) == (pytest.approx(0.405), "reproduced")
     tested = [row["p_value"] for row in rows.values() if row["p_value"] is not None]
     assert len(tested) == 10
-    smallest = min(tested)
-    assert min(row["p_holm"] for row in rows.values() if row["p_holm"] is not None) == pytest.approx(
-        min(1.0, 10 * smallest)
-    )
+    corrected = [row["p_holm"] for row in rows.values() if row["p_holm"] is not None]
+    assert min(corrected) == pytest.approx(10 * min(tested))
 
 
 @pytest.mark.parametrize(("fallen", "verdict"), [(3, "reproduced"), (1, "inconclusive"), (0, "not reproduced")])
-def test_a_collapse_is_counted_over_seeds(study, root, trajectories, fallen, verdict):
-    metrics = final_metrics()
-    down = (metrics["run"] == "rl-weak") & (metrics["seed"] < fallen)
-    metrics.loc[down, ["mcc", "predicted_acceptable_rate"]] = [0.0, 1.0]
-    assert judged(study, root, metrics, trajectories)["K7"]["verdict"] == verdict
+def test_a_collapse_is_counted_over_seeds(fallen, verdict):
+    down = np.array(SEEDS) < fallen
+    weak = {"mcc": np.where(down, 0, 0.6), "predicted_acceptable_rate": np.where(down, 1, 0.7)}
+    row = judged(results(changes={"rl-weak": weak}))["K7"]
+    assert (row["estimate"], row["verdict"]) == (fallen / 3, verdict)
 
 
-def test_controls_that_a_study_cannot_have_are_left_out(root, trajectories):
-    study = load_study("nano", data=str(root), model=str(root))
-    assert not {"sft-clean", "rl-weak", "rl-weak-sft"} & {run.name for run in study.profile.runs}
-    given = {run.name for run in load_study("nano", data=str(root)).profile.runs}
-    assert "sft-clean" not in given
-    assert "rl-weak" in given
-    metrics = final_metrics()
-    gone = ["sft-clean", "sft-rl-clean", "rl-weak", "rl-weak-sft"]
-    rows = judged(study, root, metrics[~metrics["run"].isin(gone)], trajectories)
-    assert set(rows) == {f"K{number}" for number in range(1, 12)} - {"K6", "K7", "K8"}
+def test_controls_that_a_study_cannot_have_are_left_out(tmp_path):
+    given = {claim.id for claim in controls.controls_of(load_study("nano", data=str(tmp_path)))}
+    assert set(controls.OBJECTIONS) - given == {"K6"}
+    study = load_study("nano", data=str(tmp_path), model=str(tmp_path))
+    rows = judged(results(study))
+    assert set(controls.OBJECTIONS) - set(rows) == {"K6", "K7", "K8"}
     assert {row["predicted"] for row in rows.values()} == {None, 0.2}  # nothing is known of a perfect learner but A1's
+
+
+@pytest.mark.parametrize("profile", ["nano", "laptop"])
+def test_controls_that_were_not_run_have_the_rows_of_those_that_were_and_no_number(profile):
+    study = load_study(profile)
+    rows = controls.controls_not_run(study)
+    assert is_a(list[ClaimRow], rows)
+    families = {letter: {row["id"] for row in rows if row["id"][0] == letter} for letter in "KJ"}
+    assert families["K"] == {claim.id for claim in controls.controls_of(study)}
+    assert families["J"] == {f"J{n}-{run.name}" for n in (1, 2) for run in study.runs if run.stage == "joint"}
+    for row in rows:
+        assert (row["verdict"], row["note"], row["seeds"], row["test"]) == ("not run", "make controls", 0, "-")
+        numbers = ("estimate", "ci95", "predicted", "predicted_from_policies", "p_value", "p_holm")
+        assert {row[name] for name in numbers} == {None}
+
+
+def test_rows_that_were_run_have_the_ids_of_those_that_were_not():
+    found = results()
+    rows = controls.judge_controls(found, [A1]) + controls.judge_joint(found)
+    assert [row["id"] for row in rows] == [row["id"] for row in controls.controls_not_run(STUDY)]
+
+
+def test_stopping_early_is_judged_at_the_measurement_nearest_to_a_quarter():
+    path = pd.DataFrame({"run": "sft-rl", "seed": 5, "step": [0, 10, 26, 51, 100]})
+    path = path.assign(reward_exact=[0.4, 0.4, 0.55, 0.6, 0.6], sft_loss=[0.4, 0.4, 0.44, 0.5, 0.8])
+    shares = controls.early_shares(path).loc[5]
+    assert shares.tolist() == pytest.approx([26, 0.75, 0.1])
+
+
+def test_reward_per_nat_before_and_after_a_quarter():
+    changes = {"sft-rl": {"reward_exact": 0.6, "sft_loss": 0.8}, "sft": {"reward_exact": 0.5, "sft_loss": 0.4}}
+    table = controls.reward_per_nat(results(changes=changes))
+    early, late = table[["reward per nat, early", "reward per nat, late"]].iloc[0]
+    assert early == pytest.approx(0.8 * 0.1 / (0.4 * 0.4))
+    assert late == pytest.approx(0.2 * 0.1 / (0.6 * 0.4))
 
 
 # Joint training
 
 
 def test_a_temperature_curve_passes_through_the_policy_and_its_extremes():
-    log_odds = logit(np.full(40, 0.8)) * np.where(LABELS == 1, 1, -1)
-    curve = controls.temperature_curve(log_odds, pd.Series(LABELS))
-    reward, loss = 2 * 0.8 - 1, -math.log(0.8)
-    near = curve.iloc[(curve["sft_loss"] - loss).abs().argmin()]
-    assert near["reward"] == pytest.approx(reward, abs=0.02)
+    curve = controls.temperature_curve(odds_of(0.8, LABELS), pd.Series(LABELS))
+    near = curve.iloc[(curve["sft_loss"] + math.log(0.8)).abs().argmin()]
+    assert near["reward"] == pytest.approx(2 * 0.8 - 1, abs=0.02)
     assert curve["reward"].is_monotonic_decreasing
     assert curve["reward"].iloc[0] > 0.99
 
@@ -191,30 +145,37 @@ def test_the_best_reward_at_a_loss_is_taken_over_all_curves():
     assert controls.best_reward_at(curves, 0.1) == 0.5  # below the least loss: what is there
 
 
-def test_joint_runs_are_judged_against_the_better_sequential_policy(root):
-    metrics = final_metrics({"rl-sft": {"reward_greedy": 0.62}, "joint-m0.5": {"reward_greedy": 0.70}})
-    rows = {row["id"]: row for row in controls.judge_joint(root, metrics, ["joint-m0.5", "interleaved"])}
-    assert list(rows) == ["J1-joint-m0.5", "J2-joint-m0.5", "J1-interleaved", "J2-interleaved"]
+def test_joint_runs_are_judged_against_the_better_sequential_policy():
+    wrong = np.where(np.arange(40) < 39, 0.8, 0.1)  # about the last sentence, so that sharpening costs loss some day
+    p = P | {"sft-rl": wrong, "rl-sft": wrong, "joint-m0.2": expit(3 * logit(wrong)), "joint-m0.5": 0.97}
+    greedy = {"rl-sft": {"reward_greedy": [0.61, 0.62, 0.63]}, "joint-m0.5": {"reward_greedy": [0.69, 0.70, 0.72]}}
+    rows = {row["id"]: row for row in controls.judge_joint(results(changes=greedy, p=p))}
+    assert is_a(list[ClaimRow], list(rows.values()))
     assert rows["J2-joint-m0.5"]["quantity"] == "reward_greedy: joint-m0.5 - rl-sft"
-    assert rows["J2-joint-m0.5"]["estimate"] == pytest.approx(0.08)
-    # every policy here is right about every sentence, so that sharpening costs nothing: the sequential ones do it best
-    assert rows["J1-joint-m0.5"]["estimate"] < 0
-    assert "joint runs are better" in controls.joint_answer(list(rows.values()))
+    assert rows["J2-joint-m0.5"]["estimate"] == pytest.approx(np.mean([0.08, 0.08, 0.09]))
+    assert min(row["p_holm"] for row in rows.values()) == pytest.approx(
+        8 * min(row["p_value"] for row in rows.values())
+    )
+    assert rows["J1-joint-m0.2"]["estimate"] == pytest.approx(0, abs=0.005)  # on the sequential policies' own curve
+    assert rows["J1-joint-m0.5"]["estimate"] > 0.05  # right about the last sentence, too
+    assert rows["J1-interleaved"]["estimate"] < -0.1  # as right, and much less sure than it could be
 
 
-# One seed, over sentences
+def test_the_answer_counts_verdicts_and_names_the_best_run():
+    found = {"a": (0.1, "reproduced"), "b": (0.3, "inconclusive"), "c": (-0.2, "not reproduced")}
+    rows = [
+        {"id": f"J{n}-{run}", "estimate": sign * estimate, "ci95": None, "verdict": verdict, "seeds": 5}
+        for n, sign in ((1, 1), (2, -1))
+        for run, (estimate, verdict) in found.items()
+    ]
+    assert controls.joint_answer(rows) == (
+        "In sampled reward at equal SFT loss, 1 of 3 joint runs are better and 1 worse; the best is b with +0.300. "
+        "In greedy reward, 1 of 3 joint runs are better and 1 worse; the best is c with +0.200. "
+        "(Means over 5 seeds with 95 % intervals; Holm's correction.)"
+    )
 
 
-def test_one_seed_is_judged_over_its_sentences(tmp_path):
-    before, after = np.full(40, 0.8), np.full(40, 0.9)
-    after[:6] = 0.3  # six sentences turn wrong
-    for run, p in (("rl", before), ("rl-sft", after)):
-        folder = runs.run_folder(tmp_path, run, 4)
-        folder.mkdir(parents=True)
-        predictions_at(p).to_parquet(folder / runs.predictions_file("dev"))
-    row = claims.compare_sentences(tmp_path, 4, "rl", "rl-sft")
-    assert row["more right"] == "-6"
-    assert float(row["McNemar p"]) == pytest.approx(mcnemar(np.ones(40), np.arange(40) >= 6).p_value, rel=0.01)
-    change = (34 * (math.log(0.8) - math.log(0.9)) + 6 * (math.log(0.8) - math.log(0.3))) / 40
-    assert row["SFT loss"].startswith(f"{change:+.3f} [")
-    assert claims.label_log_odds(runs.run_folder(tmp_path, "rl", 4))[0][0] == pytest.approx(logit(0.8))
+def test_above_curves_is_the_rewards_difference_at_no_larger_loss():
+    curve = pd.DataFrame({"sft_loss": [0.1, 0.2, 0.3], "reward": [0.3, 0.5, 0.7]})
+    answers = policy("joint-m0.5", logit(0.8), [1, 1], [0])  # loss 0.223, reward 0.6
+    assert controls.above_curves(answers, [curve]) == pytest.approx(0.6 - 0.5)

@@ -12,18 +12,12 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from nondecoupling import models, pretrain, prompts
-from nondecoupling.evaluation import (
-    Prefix,
-    batches,
-    common_start,
-    left_padded,
-    mean_outcome_kl,
-    predict,
-    summarise,
-    three_outcomes,
-)
-from nondecoupling.profile import Model, Prompt, load_study
+from nondecoupling.study.profile import Model, Prompt
+from nondecoupling.study.study import load_study
+from nondecoupling.task import prompts
+from nondecoupling.training import models, pretrain
+from nondecoupling.training.evaluation import mean_outcome_kl, predict, summarise, three_outcomes
+from nondecoupling.training.generation import Prefix, batches, common_start, padded
 
 PLAIN = Model(folder=None, quantization="none", dtype="float32")
 
@@ -103,10 +97,13 @@ def test_the_batch_size_changes_no_probability_and_no_greedy_answer(policy, sett
 
 
 def test_predictions_keep_the_sentences_and_their_columns(policy, settings, table):
-    answers = answers_of(policy, settings, table.iloc[5:].set_index(np.arange(100, 115)))
-    expected = ["sentence", "label", "source", "logp_acceptable", "logp_unacceptable", "sampled", "greedy"]
-    assert answers.columns.tolist() == expected
-    pd.testing.assert_frame_equal(answers[expected[:3]], table.loc[5:, expected[:3]].reset_index(drop=True))
+    known, found = ["sentence", "label", "source"], ["logp_acceptable", "logp_unacceptable", "sampled", "greedy"]
+    some = table.iloc[5:].set_index(np.arange(100, 115))
+    answers = answers_of(policy, settings, some.assign(truth=1 - some["label"]))
+    assert answers.columns.tolist() == [*known, "truth", *found]
+    pd.testing.assert_frame_equal(answers[known], table.loc[5:, known].reset_index(drop=True))
+    assert (answers["truth"] == 1 - answers["label"]).all()
+    assert answers_of(policy, settings, some).columns.tolist() == known + found  # where nobody knows the truth
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +246,16 @@ def test_measuring_leaves_no_trace(policy, settings, table, training):
     model.eval()
 
 
-def test_padding_is_on_the_left():
-    ids, mask = left_padded([[5, 6, 7], [8]], pad=9, device=torch.device("cpu"))
-    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+@pytest.mark.parametrize(
+    ("side", "ids", "mask"),
+    [
+        ("left", [[5, 6, 7], [9, 9, 8]], [[1, 1, 1], [0, 0, 1]]),
+        ("right", [[5, 6, 7], [8, 9, 9]], [[1, 1, 1], [1, 0, 0]]),
+    ],
+)
+def test_rows_are_padded_on_the_side_that_is_asked_for(side, ids, mask):
+    found = padded([[5, 6, 7], [8]], 9, side)
+    assert [part.tolist() for part in found] == [ids, mask]
 
 
 def test_batches_are_consecutive_and_complete():

@@ -1,14 +1,19 @@
 """What the notebook ``explore`` finds, draws and counts."""
 
 import numpy as np
-import pandas as pd
 import pytest
 from ipywidgets import IntSlider
 from matplotlib import pyplot as plt
 
-from nondecoupling import explore, figures, runs, theory
+from nondecoupling.analysis import theory
+from nondecoupling.pages import explore
+from nondecoupling.study import folders
+from nondecoupling.study.plan import NAMES, STATES
+from nondecoupling.study.results import PROVENANCE, read_results, write_results
+from nondecoupling.study.study import load_study
+from tables import odds_of, policy, results_of
 
-REFERENCE = runs.REPOSITORY / "results" / "reference" / "nano"
+STUDY = load_study("tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -17,41 +22,60 @@ def no_open_figures():
     plt.close("all")
 
 
-def finish(root, run: str, seed: int = 0) -> None:
-    folder = runs.run_folder(root, run, seed)
-    folder.mkdir(parents=True)
-    runs.write_json(folder / runs.METRICS, {})
+@pytest.fixture(scope="module")
+def nano():
+    return read_results(None, folders.REPOSITORY / "results" / "reference" / "nano")
 
 
-def test_own_studies_stand_before_references_and_only_whole_ones_are_shown_first(tmp_path, monkeypatch):
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """The folder of a study that was run here, whose tables hold a policy of the main runs and one control."""
     monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
-    assert explore.first_whole(explore.find_studies()) == "nano (reference)"
-    for run in ("base", "rl", "sft", "sft-rl", "rl-sft-x"):
-        finish(tmp_path / "mine", run)
+    answers = [policy(run, 0.0, [1, 0]) for run in ("rl-rl", "sft")]
+    write_results(results_of(STUDY, answers, folder=tmp_path / "mine"))
+    return tmp_path / "mine"
+
+
+def test_own_studies_are_before_references(mine):
     studies = explore.find_studies()
-    assert next(iter(studies.items())) == ("mine", tmp_path / "mine")
-    assert explore.first_whole(studies) == "nano (reference)"
-    assert explore.runs_in(studies["mine"]) == ["base", "sft", "sft-rl", "rl", "rl-sft-x"]
-    finish(tmp_path / "mine", "rl-sft")
-    assert explore.first_whole(studies) == "mine"
+    assert list(studies)[0] == explore.first_shown(studies) == "mine"
+    assert list(studies)[1:] == sorted(name for name in studies if name.endswith(" (reference)"))
+    found = studies["mine"]
+    assert (found.study.name, found.study.profile, found.seeds) == ("mine", STUDY.profile, [0, 1, 2])
+    assert found.answers_of("sft", 2)["label"].tolist() == [1, 0]
+    assert explore.policies_in(found) == [*STATES, "rl-rl"]
 
 
-def test_trajectories_have_a_thin_line_per_seed_and_a_thick_mean():
-    figure = explore.draw_trajectories(REFERENCE, ("sft", "sft-rl"), None, "sft_loss")
+def test_where_nothing_was_run_the_embedded_studys_reference_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
+    studies = explore.find_studies()
+    assert explore.first_shown(studies) == "nano (reference)"
+    assert {"sft-rl-b1", "joint-m0.5"} <= set(explore.policies_in(studies["nano (reference)"]))
+
+
+@pytest.mark.xfail(strict=True, reason="find_studies reads all studies and fails for all if one is of another version")
+def test_a_study_of_another_version_does_not_hide_the_others(mine):
+    (old := mine.with_name("old")).mkdir()
+    folders.write_json(old / PROVENANCE, {"parameters": {"name": "tiny"}, "chosen": []})
+    assert "mine" in explore.find_studies()
+
+
+def test_trajectories_have_a_thin_line_per_seed_and_a_thick_mean(nano):
+    figure = explore.draw_trajectories(nano, ("sft", "sft-rl"), None, "sft_loss")
     lines = figure.axes[0].lines
     assert len(lines) == 2 * (5 + 1)
-    table = explore.read_trajectories(REFERENCE, ("sft",), [0, 1, 2, 3, 4])
+    table = nano.trajectories.query("run == 'sft'")
     assert lines[5].get_ydata()[-1] == pytest.approx(table[table["step"] == table["step"].max()]["sft_loss"].mean())
-    assert len(explore.draw_trajectories(REFERENCE, ("sft",), 3, "mcc").axes[0].lines) == 2
+    assert len(explore.draw_trajectories(nano, ("sft",), 3, "mcc").axes[0].lines) == 2
 
 
-def test_missing_run_is_a_sentence_in_the_picture():
-    figure = explore.draw_trajectories(REFERENCE, ("no-such-run",), None, "sft_loss")
+def test_missing_run_is_a_sentence_in_the_picture(nano):
+    figure = explore.draw_trajectories(nano, ("no-such-run",), None, "sft_loss")
     assert "no such run is finished" in figure.axes[0].get_title()
 
 
-def test_square_stands_where_the_closed_form_says():
-    measured = explore.final_states(REFERENCE)
+def test_square_is_where_the_closed_form_says(nano):
+    measured = explore.final_states(nano)
     plane, rise = explore.draw_closed_forms(0.2, 1.0, measured).axes
     square = plane.lines[2]
     assert square.get_xdata() == pytest.approx(theory.rl_loss(0.8, 1.0))
@@ -60,23 +84,31 @@ def test_square_stands_where_the_closed_form_says():
     assert np.isfinite(explore.draw_closed_forms(0.0, 0.05, measured).axes[1].lines[0].get_ydata()).all()
 
 
-def test_measured_rises_are_those_of_the_claims():
-    rises = explore.rises_after_sft(explore.final_states(REFERENCE).query("run in ['sft', 'sft-rl']"))
-    (claim,) = (row for row in runs.read_json(REFERENCE / "claims.json") if row["id"] == "A1")
-    assert rises["rise"].mean() == pytest.approx(claim["estimate"])
-    assert set(rises["beta"]) == {0.5}
+def test_only_what_rl_made_has_a_beta(nano):
+    betas = explore.final_states(nano).groupby("run")["beta"].agg(lambda beta: set(beta.dropna()))
+    assert (betas["sft-rl"], betas["sft-rl-b5-half"], betas["sft"], betas["base"]) == ({0.5}, {5.0}, set(), set())
+
+
+def test_measured_rises_are_those_of_the_claims(nano):
+    rises = explore.rises_after_sft(explore.final_states(nano))
+    once = dict.fromkeys(nano.study.profile.sweep.betas, 5)  # a row per seed: no halves, no controls
+    assert rises["beta"].value_counts().to_dict() == once | {0.5: 10}
+    measured = {row["id"]: row["estimate"] for row in nano.read("claims.json")}
+    own = explore.rises_after_sft(explore.final_states(nano).query("run in ['sft', 'sft-rl']"))["rise"]
+    assert own.mean() == pytest.approx(measured["A1"])
+    by_beta = rises.groupby("beta")["rise"].mean()
+    # T4 is of the two labels, renormalised
+    assert by_beta[5.0] == pytest.approx(measured["T4-b5"], abs=1e-3)
 
 
 def test_changed_answers_are_counted_by_source(tmp_path):
-    for run, p in (("one", [0.9, 0.9, 0.2, 0.6]), ("two", [0.8, 0.3, 0.7, 0.4])):
-        finish(tmp_path, run)
-        folder = runs.run_folder(tmp_path, run, 0)
-        pd.DataFrame(
-            {"sentence": list("abcd"), "source": ["x", "x", "y", "x"], "label": [1, 1, 1, 0]}
-            | {"logp_acceptable": np.log(p), "logp_unacceptable": np.log1p(-np.array(p))}
-        ).to_parquet(folder / "predictions.parquet")
-    changed = explore.changed_answers(tmp_path, "one", "two", 0)
-    assert changed["sentence"].tolist() == ["b", "c", "d"]
+    labels, sources = np.array([1, 1, 1, 0]), ["x", "x", "y", "x"]
+    runs = [
+        policy(run, odds_of(np.array(p), np.ones(4)), labels, [0]).assign(source=sources)
+        for run, p in (("rl", [0.9, 0.9, 0.2, 0.6]), ("rl-sft", [0.8, 0.3, 0.7, 0.4]))
+    ]
+    changed = explore.changed_answers(results_of(STUDY, runs, seeds=[0]), "rl", "rl-sft", 0)
+    assert changed["sentence"].tolist() == ["s1", "s2", "s3"]
     assert changed["now"].tolist() == ["wrong", "right", "right"]
     assert changed["p_after"].tolist() == pytest.approx([0.3, 0.7, 0.4])
     counts = explore.count_changes(changed)
@@ -108,32 +140,34 @@ def test_live_output_is_drawn_again_in_its_place_when_a_control_moves(shown):
     assert shown == [10, 70]
 
 
-def test_where_nothing_can_be_shown_the_reason_is(shown, tmp_path):
-    explore.show_live(lambda seed: explore.changed_answers(tmp_path, "rl", "rl-sft", seed), seed=IntSlider(1))
-    assert "Comparing answers needs the finished run" in shown[0].data
+def test_where_nothing_can_be_shown_the_reason_is(shown):
+    empty = results_of(STUDY, [policy("rl", 0.0, [1])])
+    explore.show_live(lambda seed: explore.changed_answers(empty, "rl", "rl-sft", seed), seed=IntSlider(1))
+    assert "have no answers of" in shown[0].data
+    assert "rl-sft" in shown[0].data
 
 
-def test_sentence_is_judged_by_the_policies_that_are_there(tiny_sft):
-    root = tiny_sft.folder.parents[1]
-    study, tokenizer, policies = explore.load_policies(root, 0)
-    assert list(policies) == ["base", "sft"]
-    predictions = runs.read_predictions(tiny_sft.folder)
-    table = explore.judge_sentence(study, tokenizer, policies, predictions["sentence"].iloc[0])
-    assert list(table.index) == [figures.NAMES["base"], figures.NAMES["sft"]]
-    assert table.loc["SFT", "log p(acceptable)"] == pytest.approx(predictions["logp_acceptable"].iloc[0], abs=1e-4)
+# A sentence under every policy
+
+
+def test_a_sentence_is_judged_by_the_policies_that_are_there(nano):
+    results, tokenizer, policies = explore.load_policies("nano (reference)", 0)
+    assert list(policies) == STATES
+    answers = {run: results.answers_of(run, 0).iloc[3] for run in STATES}
+    table = explore.judge_sentence(results, tokenizer, policies, answers["sft"]["sentence"])
+    assert list(table.index) == [NAMES[run] for run in STATES]
+    for run in STATES:
+        assert table.loc[NAMES[run], "log p(acceptable)"] == pytest.approx(answers[run]["logp_acceptable"], abs=1e-4)
+        assert table.loc[NAMES[run], "greedy answer"] == answers[run]["greedy"]
     assert table.loc["base", "KL to base"] == 0
-    assert table.loc["SFT", "KL to base"] > 0
+    assert table.loc["SFT", "KL to base"] == table.loc["SFT", "KL to the stage before"] > 0
+    few = {run: policies[run] for run in ("base", "sft-rl")}
+    alone = explore.judge_sentence(results, tokenizer, few, answers["sft"]["sentence"]).loc["SFT → RL"]
+    assert alone["KL to base"] == table.loc["SFT → RL", "KL to base"]
+    assert np.isnan(alone["KL to the stage before"])  # whose policy is not there
 
 
-def test_without_policies_it_says_how_to_make_them():
+@pytest.mark.parametrize(("name", "seed"), [("mine", 0), ("nano (reference)", 4)])
+def test_without_policies_it_says_how_to_make_them(mine, name, seed):
     with pytest.raises(FileNotFoundError, match="make reproduce makes them"):
-        explore.load_policies(REFERENCE, 0)
-
-
-def test_policies_of_another_version_are_refused_in_one_sentence(tmp_path):
-    for run in ("base", "sft"):
-        finish(tmp_path, run)
-        (runs.run_folder(tmp_path, run, 0) / runs.POLICY).mkdir()
-    runs.write_json(tmp_path / "base" / runs.METRICS, {"provenance": {"parameters": {"name": "nano"}}})
-    with pytest.raises(ValueError, match="another version of this artifact, make reproduce renews it"):
-        explore.load_policies(tmp_path, 0)
+        explore.load_policies(name, seed)

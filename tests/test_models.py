@@ -1,11 +1,14 @@
 """Policies: a stage starts exactly where its parent ended, and a saved policy is the one that was trained."""
 
+import json
+
 import pytest
 import torch
+import trl.trainer.utils
 from peft import PeftModel
 
-from nondecoupling import models
-from nondecoupling.profile import Adaptation, Model
+from nondecoupling.study.profile import Adaptation, Model
+from nondecoupling.training import models
 
 PLAIN = Model(folder=None, quantization="none", dtype="float32")
 LORA = Adaptation(method="lora", rank=4, alpha=8)
@@ -58,6 +61,8 @@ def test_the_adapter_is_saved_without_the_reference_beside_it(base, tmp_path):
     models.save_policy(policy, tmp_path / "policy")
     assert not (tmp_path / "policy" / "ref").exists()
     assert (tmp_path / "policy" / "adapter_model.safetensors").exists()
+    config = json.loads((tmp_path / "policy" / models.ADAPTER_FILE).read_text())
+    assert config["base_model_name_or_path"] == "base"  # on whichever machine
 
 
 def test_lora_trains_an_adapter_of_every_linear_layer_and_nothing_else(base):
@@ -121,3 +126,9 @@ def test_weights_are_read_in_full_precision(base):
 def test_an_adapter_is_not_continued_at_another_rank(prepare, built_sft):
     with pytest.raises(ValueError, match=r"has rank 16 .*adaptation\.rank=4"):
         prepare("sft-rl", changes={"adaptation.rank": 4})
+
+
+def test_a_trl_that_would_project_prompts_onto_the_vocabulary_is_refused(monkeypatch):
+    monkeypatch.delattr(trl.trainer.utils, "_use_triton")
+    with pytest.raises(AttributeError, match="no _use_triton any more"):
+        models.prepare_libraries()

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from nondecoupling import theory
+from nondecoupling.analysis import theory
 
 G, BETA = 8, 0.5
 LOG_ODDS, START, Q = 2.0, 0.0, 0.95  # of answer 1: under the policy and its reference; and how often the label is 1

@@ -1,89 +1,84 @@
-"""The Makefile from the outside: a whole study at toy size, what a second make does, and what it says when asked."""
+"""The Makefile from the outside: a whole study of profiles/tiny.yaml, what a second make does, and what goes wrong.
+
+One study is made, in a folder whose name is not kind to shells; what changes a study does so to a copy of it.
+"""
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 
-from nondecoupling import runs
+from making import REPOSITORY, environment, make, until
+from nondecoupling.study import folders
+from nondecoupling.study.results import collect, read_results
+from nondecoupling.study.study import load_study
+from nondecoupling.task import grammar
+from nondecoupling.workflow import executor, graph, reference
+from nondecoupling.workflow.__main__ import main
 
 RUNS = ("sft", "sft-rl", "rl", "rl-sft")
-REPOSITORY = Path(__file__).resolve().parents[1]
-# Toy sizes: everything runs, nothing but the answer format is learnt.
-TOY = " ".join(
-    [
-        "data.train_size=300",
-        "data.dev_size=60",
-        "pretrain.corpus_size=2000",
-        "pretrain.probe_size=50",
-        "pretrain.probe_every=120",
-        "pretrain.probe_target=0.0",
-        "sft.steps=10",
-        "rl.steps=2",
-        "rl.prompts_per_step=2",
-        "rl.answers_per_prompt=4",
-        "evaluation.points=2",
-        "evaluation.train_size=50",
-    ]
-)
+NAME = "it's $HOME für uns"
+STUDY = load_study("tiny")
+SEEDS = [0, 1]
+PARTS = graph.parts_of(STUDY, SEEDS, ["main"])
+MADE_OF_ALL = {"provenance.json", "theory.json", "claims.json", "report.html"}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return tmp_path_factory.mktemp("results")
-
-
-def toy_command(results: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """Words and environment of a make command on the toy study."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-    environment = inherited | {"NONDECOUPLING_RESULTS": str(results), "PYTHONWARNINGS": "ignore"}
-    return ["make", *arguments, "SEEDS=0-1", "JOBS=2", f"SET={TOY}"], environment
-
-
-def make(results: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command, environment = toy_command(results, *arguments)
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    return tmp_path_factory.mktemp("results") / NAME
 
 
 @pytest.fixture(scope="module")
 def study(results):
-    done = make(results, "reproduce")
+    """The folder of the finished study, and what make printed."""
+    done = make("reproduce", "PROFILE=tiny", "JOBS=2", NONDECOUPLING_RESULTS=str(results))
     assert done.returncode == 0, done.stdout + done.stderr
-    (folder,) = results.iterdir()
-    return folder, done.stdout
+    return results / "tiny", done.stdout
+
+
+@pytest.fixture
+def copied(study, tmp_path, monkeypatch):
+    """A copy of the finished study, with the times of its files, in a results folder of its own."""
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
+    return shutil.copytree(study[0], tmp_path / "tiny")
+
+
+# The finished study
 
 
 def test_reproduce_leaves_every_result(study):
     folder, printed = study
-    for seed in (0, 1):
+    for seed in SEEDS:
         for run in RUNS:
-            metrics = json.loads((folder / f"seed{seed}" / run / "metrics.json").read_text())
+            place = folder / f"seed{seed}" / run
+            metrics = folders.read_json(place / "metrics.json")
             assert (metrics["run"], metrics["seed"], metrics["status"]) == (run, seed, "complete")
-            assert {path.name for path in (folder / f"seed{seed}" / run).iterdir()} >= {
-                "metrics.json",
-                "trajectory.csv",
-                "predictions.parquet",
-                "notebook.ipynb",
-                "policy",
-            }
-    claims = json.loads((folder / "claims.json").read_text())
-    assert {row["seeds"] for row in claims} == {2}
-    for row in claims:
-        assert f"{row['estimate']:+.3f}" in printed or row["id"].startswith("T")
-    lines = re.findall(r"^\[(\d+)/12\] (.+) · (\d+):\d\d · (\d+) % done$", printed, flags=re.MULTILINE)
-    assert len(lines) == 12  # data, base, four runs of two seeds, theory, claims
-    assert lines[0][:2] == ("1", "data")
-    assert (lines[-1][0], lines[-1][1], lines[-1][3]) == ("12", "claims", "100")
+            kept = {"metrics.json", "trajectory.csv", "log.csv", "predictions.parquet", "notebook.ipynb", "policy"}
+            assert {path.name for path in place.iterdir()} >= kept
+    rows = folders.read_json(folder / "claims.json")
+    assert {row["seeds"] for row in rows if row["verdict"] != "not run"} == {2}
+    for row in rows:
+        assert f"{row['id']}: " not in printed or f"{row['estimate']:+.3f} [" in printed
+    assert "A1: " in printed
+    assert read_results(None, folder).final()["run"].nunique() == 5
+    assert str(folder / "report.html") in printed
     assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".svg", ".pdf"}
-    assert not [path for path in folder.rglob("*") if "partial" in path.name or "failed" in path.name]
+    assert not [path for path in folder.rglob("*") if re.search("partial|failed|checkpoints|tmp", path.name)]
+
+
+def test_progress_is_counted_to_the_end(study):
+    lines = re.findall(r"^\[(\d+)/12\] (.+) · (\d+):\d\d · (\d+) % done$", study[1], flags=re.MULTILINE)
+    assert [int(line[0]) for line in lines] == list(range(1, 13))  # data, base, four runs of two seeds, theory, claims
+    assert [line[1] for line in lines[:2] + lines[-2:]] == ["data", "base", "theory", "claims"]
+    assert lines[-1][3] == "100"
 
 
 def test_executed_notebooks_show_progress_as_lines(study):
@@ -94,148 +89,242 @@ def test_executed_notebooks_show_progress_as_lines(study):
         assert "widget-view" not in text
 
 
-def test_report_stands_beside_the_results(study):
+def test_the_report_shows_the_study(study):
     page = (study[0] / "report.html").read_text(encoding="utf-8")
-    assert study[0].name in page
     assert "2 (0, 1)" in page  # seeds
+    assert len(re.findall(r"<img ", page)) == len(list((study[0] / "figures").glob("*.svg")))
 
 
-def test_second_make_executes_nothing(results, study):
-    start = time.perf_counter()
-    done = make(results, "reproduce")
-    assert done.returncode == 0
-    assert " · " not in done.stdout
-    assert time.perf_counter() - start < 10
-
-
-@pytest.mark.parametrize(
-    ("rewritten", "rerun"),
-    [
-        ("theory", {"theory", "claims"}),
-        ("claims", {"claims"}),
-        ("rl-sft", {"rl-sft", "theory", "claims"}),
-        ("rl", {"rl", "rl-sft", "theory", "claims"}),
-        ("report.html.j2", set()),  # the report, and no notebook
-    ],
-)
-def test_edit_reruns_only_what_depends_on_it(study, rewritten, rerun):
-    """What an edit rewrites is a run's settings file (tests/test_execute.py), but for the report's template."""
-    edited = study[0] / "settings" / f"{rewritten}.json"
-    if rewritten.endswith(".j2"):
-        edited = REPOSITORY / "src" / "nondecoupling" / "templates" / rewritten
-    assert edited.exists()
-    rules = study[0] / "plan.mk"
-    command = ["make", "-n", "-f", str(rules), "-W", str(edited), "study"]
-    planned = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert set(re.findall(r"--run (\S+)", planned)) == rerun
-
-
-def test_list_shows_every_run_complete(results, study):
-    lines = make(results, "list").stdout.splitlines()
-    complete = [line for line in lines if line.startswith("complete")]
-    assert len(complete) == 2 + 2 * 4 + 2
-    assert not [line for line in complete if "sft-rl-b" in line or "joint" in line]
-    assert all(line.startswith("missing") for line in lines if line not in complete)  # make theory, make study
+def test_nothing_of_a_study_without_sweep_and_controls_is_the_references(study, monkeypatch):
+    folder = study[0]
+    assert folders.read_json(folder / "theory.json")["sweep"] is None
+    assert not (folder / "controls.json").exists()
+    rows = folders.read_json(folder / "claims.json")
+    others = [row for row in rows if row["id"].startswith(("T4", "K", "J"))]
+    assert {row["id"][0] for row in others} == set("TKJ")
+    for row in others:
+        assert (row["verdict"], row["estimate"], row["ci95"], row["seeds"]) == ("not run", None, None, 0)
+        assert row["note"] == ("make betas" if row["id"].startswith("T4") else "make controls")
+    known = [row | {"estimate": 0.2, "ci95": [0.1, 0.3], "verdict": "reproduced"} for row in rows]
+    compared = reference.compare_claims(rows, known).set_index("claim")
+    assert set(compared.loc[[row["id"] for row in others], "result"]) == {"not compared"}
+    assert set(compared.loc[[row["id"] for row in others], "fresh"]) == {"not run"}
+    assert set(compared.loc[["A1", "B1", "T2"], "result"]) <= {"PASS", "FAIL"}
 
 
 def test_verify_without_reference_says_so(results, study):
-    done = make(results, "verify")
+    done = make("verify", "PROFILE=tiny", NONDECOUPLING_RESULTS=str(results))
     assert done.returncode != 0
     assert "there is nothing to compare" in done.stderr
 
 
+def test_a_second_make_executes_nothing_and_the_list_is_complete(results, study):
+    done = make("reproduce", "PROFILE=tiny", NONDECOUPLING_RESULTS=str(results))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("study 'tiny': 0 of 12 notebooks to execute")
+    assert " % done" not in done.stdout
+    lines = make("list", "PROFILE=tiny", NONDECOUPLING_RESULTS=str(results)).stdout.splitlines()
+    states = {line.split()[0]: line.split()[1:] for line in lines if line}
+    assert states["sft"] == states["rl-sft"] == ["✓", "✓"]
+    assert states["joint-m0.2"] == ["·", "·"]
+    assert states["main"] == ["10", "of", "10", "complete"]
+    assert states["sweep"][-2:] == ["make", "betas"]
+
+
+# What is out of date
+
+
+def made_by_make(root: Path) -> list[str]:
+    """The targets that make would make, in its order."""
+    command = ["make", "-n", "--no-print-directory", "-f", executor.RULES, "study"]
+    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=True)
+    named = r"nondecoupling\.workflow (?:run --run )?(\S+)(?: --seed (\d+))?"
+    names = [(name, int(seed) if seed else None) for name, seed in re.findall(named, done.stdout)]
+    return [next(part.target for part in PARTS if (part.name, part.seed) == name) for name in names]
+
+
+def newer(root: Path, name: str) -> None:
+    os.utime(root / name)
+
+
+def gone(root: Path, name: str) -> None:
+    (root / name).unlink()
+
+
+OF_RL = {f"seed{seed}/{run}/metrics.json" for seed in SEEDS for run in ("rl", "rl-sft")}
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "expected"),
+    [
+        (newer, "plan.mk", set()),
+        (newer, "settings/rl.json", OF_RL | MADE_OF_ALL),
+        (newer, "settings/theory.json", {"theory.json", "claims.json", "report.html"}),
+        (newer, "settings/tables.json", {"provenance.json"}),
+        (newer, "settings/report.json", {"report.html"}),
+        (newer, "seed1/rl/metrics.json", {"seed1/rl-sft/metrics.json"} | MADE_OF_ALL),
+        (newer, "theory.json", {"claims.json", "report.html"}),
+        (gone, "seed0/sft-rl/metrics.json", {"seed0/sft-rl/metrics.json"} | MADE_OF_ALL),
+        (gone, "seed1/rl/metrics.json", {f"seed1/{run}/metrics.json" for run in ("rl", "rl-sft")} | MADE_OF_ALL),
+        (gone, "provenance.json", {"provenance.json"}),
+        (gone, "claims.json", {"claims.json", "report.html"}),
+    ],
+)
+def test_what_is_stale_is_what_make_would_make(copied, change, name, expected):
+    assert graph.stale_parts(copied, PARTS) == made_by_make(copied) == []
+    change(copied, name)
+    assert {part.target for part in graph.stale_parts(copied, PARTS)} == set(made_by_make(copied)) == expected
+
+
+def test_an_edit_makes_what_depends_on_it_and_the_list_says_so(copied):
+    newer(copied, "settings/rl.json")
+    states = {line.split()[0]: line.split()[1:] for line in graph.status_lines(STUDY, SEEDS) if line}
+    assert states["rl"] == states["rl-sft"] == ["~", "~"]
+    assert states["sft-rl"] == ["✓", "✓"]
+    assert states["main"] == ["6", "of", "10", "make", "reproduce"]
+
+
+def test_a_run_beside_another_parent_than_its_own_is_stale_and_in_no_table(copied, monkeypatch, tmp_path):
+    monkeypatch.setattr(folders, "REPOSITORY", tmp_path / "checkout")  # where nothing must be written
+    parent = copied / "seed0" / "rl" / "metrics.json"
+    content = folders.read_json(parent)
+    before = parent.stat().st_mtime_ns
+    folders.write_json(parent, content | {"status": "complete", "training": {}})
+    os.utime(parent, ns=(before, before))  # as a copy from elsewhere may be older than what is here
+    graph.write_settings(STUDY, PARTS, SEEDS, ["main"])
+    assert {part.target for part in graph.stale_parts(copied, PARTS)} == {"seed0/rl-sft/metrics.json"} | MADE_OF_ALL
+    assert set(made_by_make(copied)) == {"seed0/rl-sft/metrics.json"} | MADE_OF_ALL
+    sentence = r"seed0/rl-sft was made from another rl than the one beside it; make reproduce makes it again\."
+    with pytest.raises(RuntimeError, match=sentence):
+        collect(STUDY, SEEDS, ["main"])
+    with pytest.raises(RuntimeError, match=sentence):
+        reference.make_reference(STUDY, SEEDS)
+    assert not (tmp_path / "checkout").exists()
+
+
+# What goes wrong, and goes on
+
+
+def finished_in(printed: str) -> list[str]:
+    """What was executed."""
+    return re.findall(r"^\[\d+/\d+\] (.+) · \d+:\d\d · \d+ % done$", printed, flags=re.MULTILINE)
+
+
 def execution_of(run: str, command: int) -> psutil.Process:
     """The process under ``command`` that executes the notebook of ``run``, as soon as its kernel is asked for."""
-    while True:
+
+    def found() -> psutil.Process | None:
         for process in psutil.Process(command).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if process.cmdline()[-4:-2] == ["--run", run] and process.children():
+                words = process.cmdline()
+                if words[1:6] == ["-m", "nondecoupling.workflow", "run", "--run", run] and process.children():
                     return process
-        time.sleep(0.1)
+        return None
+
+    return until(found, f"{run} is executed")
 
 
-def test_a_dask_cluster_makes_what_make_makes_though_a_worker_is_killed(study, tmp_path):
-    made, folder = study[0], tmp_path / study[0].name
-    for name in ("data", "base", "settings"):
-        shutil.copytree(made / name, folder / name)
-    command, environment = toy_command(tmp_path, "sweep", "SCHEDULER=local")
+def test_a_failed_run_on_a_cluster_goes_on_though_a_worker_is_killed(study, copied, capfd):
+    """As a study on a cluster fails: the same command goes on where it was, with what make would have made."""
+    made, place = study[0] / "seed0" / "rl-sft", copied / "seed0" / "rl-sft"
+    shutil.rmtree(place)
+    (copied / "seed0" / "rl" / "policy").rename(copied / "hidden")
+    words = ["reproduce", "--profile=tiny", "--jobs=2", "--scheduler=local", f"--target={copied / 'provenance.json'}"]
+    assert main(words) == 1
+    complaints = capfd.readouterr().err
+    assert "error: 03_sft.ipynb failed: " in complaints
+    assert f"see {place}.failed.ipynb" in complaints
+    assert "the study is not complete; what is finished is kept, and the same command goes on from there." in complaints
+    assert {path.name for path in place.parent.iterdir()} == {"sft", "sft-rl", "rl", "rl-sft.failed.ipynb"}
+
+    (copied / "hidden").rename(copied / "seed0" / "rl" / "policy")
+    command = ["python", "-m", "nondecoupling.workflow", *words]
     with subprocess.Popen(
-        [*command, "SEEDS=0"],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as making:
-        execution = execution_of("sft", making.pid)
-        worker = next(parent for parent in execution.parents() if "multiprocessing" in " ".join(parent.cmdline()))
-        worker.kill()
-        assert psutil.wait_procs([execution], timeout=5)[0] == [execution]
-        assert execution_of("sft", making.pid) != execution
-        printed, complaints = making.communicate(timeout=300)
+        try:
+            execution = execution_of("rl-sft", making.pid)
+            worker = next(parent for parent in execution.parents() if "multiprocessing" in " ".join(parent.cmdline()))
+            worker.kill()
+            assert psutil.wait_procs([execution], timeout=30)[0] == [execution]
+            assert execution_of("rl-sft", making.pid) != execution
+            printed, complaints = making.communicate(timeout=300)
+        finally:
+            making.kill()
     assert making.returncode == 0, printed + complaints
     assert complaints == ""
-    lines = re.findall(r"^\[\d/6\] (.+) · \d+:\d\d · \d+ % done$", printed, flags=re.MULTILINE)
-    assert sorted(lines) == sorted([*(f"seed 0 · {run}" for run in RUNS), "theory", "claims"])
+    assert finished_in(printed) == ["seed 0 · rl-sft"]  # the target is the tables: summaries are not asked for
+    assert {path.name for path in place.parent.iterdir()} == set(RUNS)
+    assert {part.target for part in graph.stale_parts(copied, PARTS)} == MADE_OF_ALL - {"provenance.json"}
 
-    for run in RUNS:
-        mine, its = (root / "seed0" / run for root in (folder, made))
-        metrics, same = (json.loads((path / "metrics.json").read_text())["evaluation"] for path in (mine, its))
-        assert metrics == same
-        assert (mine / "trajectory.csv").read_bytes() == (its / "trajectory.csv").read_bytes()
-        assert runs.read_predictions(mine).equals(runs.read_predictions(its))
-        weights = runs.file_hashes(mine / "policy", "*.safetensors")
-        assert weights
-        assert weights == runs.file_hashes(its / "policy", "*.safetensors")
-
-    command, environment = toy_command(tmp_path, "reproduce")
-    done = subprocess.run([*command, "SEEDS=0"], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "0 of 8 notebooks to execute" in done.stdout
-    assert " · " not in done.stdout
+    ours, its = (folders.read_json(folder / "metrics.json") for folder in (place, made))
+    assert ours["evaluation"] == its["evaluation"]
+    assert (place / "trajectory.csv").read_bytes() == (made / "trajectory.csv").read_bytes()
+    assert folders.file_hashes(place, "*.parquet") == folders.file_hashes(made, "*.parquet")
+    assert folders.file_hashes(place / "policy", "*.safetensors") == folders.file_hashes(
+        made / "policy", "*.safetensors"
+    )
 
 
-@pytest.mark.parametrize(("words", "seeds"), [([], "0-19"), (["SEEDS=3"], "3")])
-def test_sweep_is_reproduce_with_more_seeds(words, seeds):
-    command = ["make", "sweep", *words, "--dry-run"]
-    printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    assert "nondecoupling.execute reproduce " in printed
-    assert f'--seeds "{seeds}" ' in printed
+def test_ctrl_c_says_how_to_go_on_in_a_checkout_of_any_name_on_a_task_of_ones_own(tmp_path):
+    """A checkout, and a folder of data, whose paths are not kind to shells; up to ``results/.../metrics.json``."""
+    checkout, data = tmp_path / NAME / "checkout", tmp_path / NAME / '40 % of #1; "mine"'
+    for name in ("src", "notebooks"):
+        shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, checkout / name)
+    data.mkdir()
+    sentences = grammar.sample_sentences(160, seed=3)
+    for name, table in {"train": sentences[:120], "dev": sentences[120:]}.items():
+        table[["sentence", "label"]].to_csv(data / f"{name}.tsv", sep="\t", index=False)
+    words = [
+        "PROFILE=tiny",
+        "SEEDS=0",
+        "JOBS=2",
+        f"DATA={data}",
+        'SET=sft.steps=2 prompt.template="{sentence} it\'s $HOME?"',
+    ]
+    own = {"PYTHONPATH": str(checkout / "src"), "NONDECOUPLING_RESULTS": ""}
 
-
-def test_help_is_the_default_and_names_every_target():
-    printed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    for target in ("setup", "reproduce", "study", "sweep", "list", "lab", "test", "lint", "verify", "report", "clean"):
-        assert f"make {target}" in printed
-
-
-def test_clean_removes_the_study(results, study):
-    assert make(results, "clean").returncode == 0
-    assert not study[0].exists()
-
-
-def test_ctrl_c_says_how_to_go_on_and_leaves_no_half_result(tmp_path):
-    command, environment = toy_command(tmp_path, "reproduce")
     making = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=environment,
+        ["make", "reproduce", *words],
+        cwd=checkout,
+        env=environment(**own),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # parallel tests have it ignored
     )
-    while "data" not in making.stdout.readline():
-        assert making.poll() is None
-    while not list(tmp_path.glob("*/base.partial")):  # into the next notebook
-        assert making.poll() is None
-        time.sleep(0.1)
-    os.killpg(making.pid, signal.SIGINT)  # what a terminal does
-    _, complaints = making.communicate(timeout=60)
+    try:
+        until(lambda: making.poll() or list(checkout.glob("results/*/base.partial")), "the base is begun")
+        os.killpg(making.pid, signal.SIGINT)  # what a terminal does
+        printed, complaints = making.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(making.pid, signal.SIGKILL)
     assert making.returncode != 0
     assert "finished runs and checkpoints are kept, the same command goes on from there" in complaints
     assert "Traceback" not in complaints
-    (folder,) = tmp_path.iterdir()
+    (folder,) = (checkout / "results").iterdir()
     assert (folder / "data" / "metrics.json").exists()
     assert not (folder / "base").exists()
+
+    target = folder.relative_to(checkout) / "seed0" / "sft" / "metrics.json"
+    done = make(str(target), *words, folder=checkout, **own)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert finished_in(done.stdout) == ["base", "seed 0 · sft"]
+    assert {path.name for path in (folder / "seed0").iterdir()} == {"sft"}
+    answers = pd.read_parquet(folder / "seed0" / "sft" / "predictions.parquet")
+    assert set(answers["sentence"]) == set(sentences["sentence"][120:])
+    metrics = folders.read_json(folder / "seed0" / "sft" / "metrics.json")
+    assert metrics["provenance"]["parameters"]["data"]["folder"] == str(data)
+    assert metrics["provenance"]["parameters"]["prompt"]["template"] == "{sentence} it's $HOME?"
+
+
+# The last test: without the study
+
+
+def test_clean_removes_the_study(results, study):
+    assert make("clean", "PROFILE=tiny", NONDECOUPLING_RESULTS=str(results)).returncode == 0
+    assert not study[0].exists()

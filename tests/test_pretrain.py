@@ -3,15 +3,27 @@
 import pandas as pd
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score
 
-from nondecoupling import pretrain, prompts
-from nondecoupling.profile import load_study
+from nondecoupling.study.study import load_study
+from nondecoupling.task import prompts
+from nondecoupling.training import pretrain
 
 
 @pytest.fixture(scope="module")
 def model(nano_tokenizer):
-    return pretrain.new_model(load_study("nano").profile.pretrain, nano_tokenizer).eval()
+    return pretrain.new_model(load_study("tiny").profile.pretrain, nano_tokenizer).eval()
+
+
+@pytest.fixture
+def grow(tmp_path):
+    """Pretrains on 300 sentences with some other settings changed, and returns the probe's history."""
+    settings = load_study("tiny").profile
+
+    def grow(**changes):
+        changed = settings.pretrain.model_copy(update={"corpus_size": 300} | changes)
+        return pretrain.pretrain(changed, settings.prompt, settings.evaluation, set(), tmp_path / "policy")
+
+    return grow
 
 
 def test_the_loss_is_the_weighted_mean_over_tokens_without_padding(model):
@@ -41,36 +53,26 @@ def test_chats_count_the_answer_only_and_text_counts_whole(nano_tokenizer, nano_
 
 
 def test_the_base_reads_no_sentence_of_the_study():
-    settings = load_study("nano", overrides={"pretrain.corpus_size": 3000, "pretrain.probe_size": 100}).profile.pretrain
+    settings = load_study("tiny").profile.pretrain
     exclude = set(pretrain.pretraining_sentences(settings, set())["sentence"][:500])  # it would read them otherwise
     read = pretrain.pretraining_sentences(settings, exclude)
-    assert len(read) == read["sentence"].nunique() == 3100
+    assert len(read) == read["sentence"].nunique() == settings.corpus_size + settings.probe_size
     assert not exclude & set(read["sentence"])
-    assert read["label"].sum() == 1550
+    assert read["label"].mean() == 0.5
     assert ((read["mark"] == "") == (read["label"] == 1)).all()
 
 
-def test_the_probe_is_balanced_accuracy():
+def test_the_probe_is_balanced_accuracy(grow, monkeypatch):
     labels, logp = [1, 1, 1, 0], [-0.1, -3.0, -0.2, -2.0]
     table = pd.DataFrame({"label": labels, "logp_acceptable": logp, "logp_unacceptable": -1.0})
-    expected = balanced_accuracy_score(labels, [1, 0, 1, 0])
-    assert pretrain.probe_accuracy(table) == pytest.approx(expected) == pytest.approx((2 / 3 + 1) / 2)
+    monkeypatch.setattr(pretrain, "predict", lambda *_: table)
+    assert grow(probe_every=1)["probe"].tolist() == [pytest.approx((2 / 3 + 1) / 2)]
 
 
-@pytest.mark.parametrize(("max_steps", "probe_every"), [(2, 1), (2, 5)])
-def test_pretraining_that_does_not_reach_its_target_says_what_to_change(tmp_path, max_steps, probe_every):
-    settings = load_study("nano").profile
-    changed = settings.pretrain.model_copy(
-        update={
-            "corpus_size": 300,
-            "probe_size": 40,
-            "max_steps": max_steps,
-            "probe_every": probe_every,
-            "probe_target": 1.0,
-        }
-    )
-    with pytest.raises((RuntimeError, ValueError), match=r"pretrain\.(max_steps|probe_every)"):
-        pretrain.pretrain(changed, settings.prompt, settings.evaluation, exclude=set(), folder=tmp_path / "policy")
+@pytest.mark.parametrize("probe_every", [1, 5])
+def test_pretraining_that_does_not_reach_its_target_says_what_to_change(grow, tmp_path, probe_every):
+    with pytest.raises(RuntimeError, match=r"below pretrain\.probe_target=1\.0; raise pretrain\.max_steps"):
+        grow(max_steps=2, probe_every=probe_every, probe_target=1.0)
     assert not (tmp_path / "policy").exists()
 
 

@@ -11,33 +11,33 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from conftest import SHARED, make_base, make_data, results_in
-from nondecoupling import corpus, models, prompts, reinforcement, runs, training
-from nondecoupling.evaluation import predict
-from nondecoupling.profile import Model, load_study
+from nondecoupling.study import folders
+from nondecoupling.study.profile import Model
+from nondecoupling.study.study import load_study
+from nondecoupling.task import corpus, prompts
+from nondecoupling.training import models
+from nondecoupling.training.evaluation import predict
+from nondecoupling.training.stage import prepare_stage, publish_stage
+from nondecoupling.training.trainer import kept_in_float32
+from trainers import train, trainer_of
 
 SHORT = {
-    "sft.steps": 40,
-    "sft.batch_size": 16,
-    "sft.rows_per_pass": 8,
+    "data.expect": "any",  # its first rows
+    "model.dtype": "float32",
+    "sft.steps": 20,
     "sft.learning_rate": 3.0e-2,
     "rl.steps": 3,
-    "rl.prompts_per_step": 6,
-    "rl.answers_per_prompt": 4,
-    "rl.rows_per_pass": 8,
-    "rl.learning_rate": 1.0e-3,
+    "rl.prompts_per_step": 4,
     "rl.least_rewarded": 0.0,
     "joint.steps": 2,
     "joint.prompts_per_step": 2,
-    "joint.demonstrations_per_step": 4,
-    "reward.steps": 2,
-    "reward.pairs_per_step": 4,
+    "reward_model.steps": 2,
     "evaluation.points": 2,
     "evaluation.along_size": 20,
     "evaluation.train_size": 20,
-    "model.dtype": "float32",
 }
 PLAIN = Model(folder=None, quantization="none", dtype="float32")
 EIGHT_BIT = Model(folder=None, quantization="8bit", dtype="float32")
@@ -71,28 +71,23 @@ def small_cola(cola, tmp_path_factory):
     return folder
 
 
-FIRST = {"sft": training.train_sft, "sft-rl": reinforcement.train_rl}
-CONTROLS = {  # make study; one of each kind, in 8 bits
-    "reward-model": training.train_reward,
-    "sft-rl-proxy": reinforcement.train_rl,
-    "sft-rl-rloo": reinforcement.train_rl,
-    "joint-m0.5": reinforcement.train_joint,
-}
+FIRST = ("sft", "sft-rl")
+CONTROLS = ("reward-model", "sft-rl-proxy", "sft-rl-rloo", "joint-m0.5")  # one of each kind, in 8 bits
 
 
 @pytest.fixture(scope="module", params=["none", "8bit"])
 def stages(request, small_qwen, small_cola, tmp_path_factory):
     """Finished runs of the paper profile, shortened, as {run: (stage, first adapter, outcome, folder)}."""
-    changes = SHORT | {"model.quantization": request.param, "data.expect": "any"}
-    study, finished = load_study("paper", str(small_cola), str(small_qwen), changes), {}
+    changes, finished = SHORT | {"model.quantization": request.param}, {}
+    study = load_study("paper", str(small_cola), str(small_qwen), changes)
     with results_in(tmp_path_factory.mktemp("results")):
         make_data(study)
         make_base(study)
-        for run, train in (FIRST | (CONTROLS if request.param == "8bit" else {})).items():
-            stage = training.prepare_stage(study, run, 0, expected=study.run(run).stage)
+        for run in FIRST + (CONTROLS if request.param == "8bit" else ()):
+            stage = prepare_stage(study, run, 0, expected=study.run(run).stage)
             start = adapter(stage.policy)
             outcome = train(stage)
-            finished[run] = (stage, start, outcome, runs.publish(training.write_stage(stage, outcome)))
+            finished[run] = stage, start, outcome, publish_stage(stage, outcome)
     return finished
 
 
@@ -102,13 +97,13 @@ def adapter(policy, name="default"):
 
 
 def test_controls_of_the_papers_setting_train_float32_adapters_and_end_with_numbers(stages):
-    for run in CONTROLS.keys() & stages.keys():
+    for run in stages.keys() & set(CONTROLS):
         stage, start, outcome, folder = stages[run]
         trained = {name: weight for name, weight in stage.policy.named_parameters() if weight.requires_grad}
         assert {weight.dtype for weight in trained.values()} == {torch.float32}, run
         assert any(not torch.equal(start[name], weight) for name, weight in trained.items() if name in start), run
         assert np.isfinite(outcome.trajectory.to_numpy()).all(), run
-        assert runs.is_complete(folder)
+        assert folders.is_complete(folder)
     if "sft-rl-proxy" in stages:
         assert stages["sft-rl-proxy"][2].log["rewards/proxy/mean"].notna().all()
 
@@ -173,13 +168,10 @@ def test_evaluation_does_not_depend_on_the_batch_size(small_qwen, small_cola):
 # Stages
 
 
-def test_loss_is_on_the_answer_and_its_end_token_only(stages, monkeypatch):
+def test_loss_is_on_the_answer_and_its_end_token_only(stages):
     stage = stages["sft"][0]
-    monkeypatch.setattr(training, "run_trainer", lambda stage, build, *_: build(TrainerCallback()))
-    weights = {name: weight.data for name, weight in stage.policy.named_parameters()}
-    batch = next(iter(training.train_sft(stage).get_train_dataloader()))
-    for name, weight in stage.policy.named_parameters():
-        weight.data = weights[name]  # building a trainer casts an 8-bit model's adapter; run_trainer undoes that
+    with kept_in_float32(stage.policy):
+        batch = next(iter(trainer_of(stage).get_train_dataloader()))
     question = prompts.chat_ids(stage.tokenizer, [prompts.prompt_messages(stage.settings.prompt, "X")])[0][-9:]
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         taught = labels != -100
@@ -194,7 +186,7 @@ def test_sft_teaches_the_format(stages):
     assert first["label_mass"] < 0.01
     assert last["label_mass"] > 0.3
     assert last["n"] == 20  # of the 40 sentences, along the way; the final metrics are on all
-    metrics = runs.read_json(folder / runs.METRICS)
+    metrics = folders.read_json(folder / folders.METRICS)
     assert metrics["evaluation"]["dev"]["n"] == 40
     assert metrics["provenance"]["model"]["id"] == "qwen3"
     json.dumps(metrics, allow_nan=False)
@@ -227,11 +219,11 @@ def test_the_adapter_is_trained_and_kept_in_float32(stages):
 
 def test_a_saved_adapter_gives_the_same_probabilities(stages):
     stage, _, _, folder = stages["sft-rl"]
-    again = models.start_policy(stage.base, folder / runs.POLICY, stage.settings.model, stage.settings.adaptation, 5)
+    again = models.start_policy(stage.base, folder / folders.POLICY, stage.settings.model, stage.settings.adaptation, 5)
     for name, weight in adapter(again).items():
         assert torch.equal(weight, adapter(stage.policy)[name])
     table = corpus.fixed_subset(stage.corpus, "dev", None)
     fresh = predict(again, stage.tokenizer, stage.settings.prompt, table, stage.settings.evaluation)
-    written = runs.read_predictions(folder)
+    written = pd.read_parquet(folder / folders.answers_file("dev"))
     pd.testing.assert_series_equal(fresh["logp_acceptable"], written["logp_acceptable"])
     assert fresh["sampled"].equals(written["sampled"])

@@ -4,74 +4,139 @@ import re
 import shutil
 
 import pytest
+from markupsafe import escape
+from matplotlib import pyplot as plt
 
-from conftest import finished_reference
-from nondecoupling import claims, figures, report, runs
-from nondecoupling.profile import Study, load_study
+from nondecoupling.analysis import claims, controls, figures, tables
+from nondecoupling.pages import report
+from nondecoupling.study import folders
+from nondecoupling.study.plan import STATES
+from nondecoupling.study.results import read_results
+from nondecoupling.study.study import load_study
+from tables import results_of
 
-REFERENCES = runs.REPOSITORY / "results" / "reference"
+REFERENCES = folders.REPOSITORY / "results" / "reference"
+IMAGE = '<svg xmlns="http://www.w3.org/2000/svg"/>'
+
+
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    yield
+    plt.close("all")
 
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
-    """A copy of a committed reference as a finished study, and its folder; by the reference's name."""
+    """A copy of a committed reference as a study that was run here, its results; by the reference's name.
+
+    Figures are committed as PNG, the report takes SVG.
+    """
 
     def copy(name: str):
         monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
-        return finished_reference(name, tmp_path), tmp_path / name
+        root = shutil.copytree(REFERENCES / name, tmp_path / name, ignore=shutil.ignore_patterns("seed*", "base"))
+        for path in (root / "figures").glob("*.png"):
+            path.with_suffix(".svg").write_text(IMAGE)
+        return read_results(None, root)
 
     return copy
 
 
-def page_of(study: Study) -> str:
-    return report.write_report(study).read_text(encoding="utf-8")
+def page_of(results) -> str:
+    return report.write_report(results.study).read_text(encoding="utf-8")
+
+
+def section(page: str, name: str) -> str:
+    return page.partition(f'<section id="{name}"')[2].partition("</section>")[0]
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in REFERENCES.iterdir()))
 def test_report_shows_every_claim_with_its_numbers(finished, name):
-    study, root = finished(name)
-    page = page_of(study)
-    for row in claims.claims_table(runs.read_json(root / "claims.json")).to_dict("records"):
-        shown = page.partition(f'<tr id="{row["claim"].partition(":")[0]}">')[2].partition("</tr>")[0]
-        assert row["measured"] in shown
-        assert row["95 % interval"] in shown
-        assert row["verdict"].partition(" (")[0] in shown
-    collapsed = claims.states_table(runs.read_metrics(root, study, [0, 1, 2]))["collapsed"].ne("no").any()
+    results = finished(name)
+    page = page_of(results)
+    rows = results.read("claims.json")
+    run = {row["id"][0] for row in rows if row["verdict"] != "not run"}  # families of which anything was run
+    rows = tables.rows_of(rows, "".join(run))
+    assert sorted(re.findall(r'<tr id="([^"]+)">', page)) == sorted(row["id"] for row in rows)
+    for row in rows:
+        shown = page.partition(f'<tr id="{row["id"]}">')[2].partition("</tr>")[0]
+        for text in tables.claims_table([row]).drop(columns="verdict").iloc[0]:
+            assert escape(text) in shown
+        assert row["verdict"] in shown
+        assert escape(row["note"]) in shown
+    collapsed = tables.states_table(results.final(*STATES))["collapsed"].ne("no").any()
     assert ("Read with care" in page) == collapsed
 
 
 def test_report_loads_nothing_and_every_figure_has_words(finished):
-    study, root = finished("nano")
-    page = page_of(study)
+    results = finished("nano")
+    page = page_of(results)
     loaded = re.findall(r'(?:src|href)="([^"]*)"|url\(|@import|<script', page)
     assert all(target.startswith(("data:", "#")) for target in loaded)
     images = re.findall(r"<img [^>]*>", page)
-    assert len(images) == len(list((root / "figures").glob("*.svg"))) >= 5
+    assert len(images) == len(list((results.folder / "figures").glob("*.svg"))) >= 9
     assert all(re.search(r'alt="[^"]{60,}"', image) for image in images)
     assert "0.536 for the base model, 0.425 after SFT, 0.642 after SFT then RL" in page  # as in the README's table
 
 
 def test_links_within_the_report_lead_somewhere(finished):
-    page = page_of(finished("nano")[0])
+    page = page_of(finished("nano"))
     assert set(re.findall(r'href="#([^"]+)"', page)) <= set(re.findall(r'id="([^"]+)"', page))
 
 
 def test_controls_and_joint_runs_are_shown_where_there_are_any(finished):
-    study, root = finished("nano")
+    results = finished("nano")
     for figure in ("controls", "proxy", "joint"):
-        (root / "figures" / f"{figure}.svg").unlink(missing_ok=True)
-    rows = [row for row in runs.read_json(root / "claims.json") if row["id"][0] not in "KJ"]
-    runs.write_json(root / "claims.json", rows)
-    assert not {"Controls</h2>", "Both goals at once</h2>"} & set(re.findall(r"[\w ]+</h2>", page_of(study)))
+        (results.folder / "figures" / f"{figure}.svg").unlink()
+    rows = tables.rows_of(results.read("claims.json"), "ABOT")
+    for others in ([], controls.controls_not_run(results.study)):
+        folders.write_json(results.folder / "claims.json", rows + others)
+        page = page_of(results)
+        assert not {"Controls</h2>", "Both goals at once</h2>"} & set(re.findall(r"[\w ]+</h2>", page))
+        assert "not run" not in page
     more = [rows[0] | {"id": "K1", "statement": "more SFT"}, rows[0] | {"id": "J1", "statement": "both in one update"}]
-    runs.write_json(root / "claims.json", rows + more)
-    shutil.copy(root / "figures" / "plane.svg", root / "figures" / "joint.svg")
-    page = page_of(study)
-    assert "K1: more SFT" in page.partition('id="controls"')[2].partition("</section>")[0]
-    assert "Is the rise of the loss just drift" in page  # the objection that K1 answers
-    joint = page.partition('<section id="joint"')[2].partition("</section>")[0]
-    assert "J1: both in one update" in joint
-    assert "<img" in joint
+    folders.write_json(results.folder / "claims.json", rows + more)
+    (results.folder / "figures" / "joint.svg").write_text(IMAGE)
+    page = page_of(results)
+    assert "K1: more SFT" in section(page, "controls")
+    assert controls.OBJECTIONS["K1"] in page
+    assert "J1: both in one update" in section(page, "joint")
+    assert "<img" in section(page, "joint")
+
+
+def test_a_sweep_that_was_not_run_has_no_table_and_no_number(finished):
+    results = finished("nano")
+    folders.write_json(results.folder / "theory.json", results.read("theory.json") | {"sweep": None})
+    missing = list(claims.sweep_rows(results, {"sweep": None}))
+    rows = [row for row in results.read("claims.json") if not row["id"].startswith("T4")]
+    folders.write_json(results.folder / "claims.json", rows + missing)
+    shown = section(page_of(results), "predicted")
+    assert "RL after SFT at other prices" not in shown
+    row = shown.partition('<tr id="T4-b5">')[2].partition("</tr>")[0]
+    assert "– not run" in row
+    assert "make betas" in row
+    assert set(re.findall(r"<td[^>]*>([^<\s]+)</td>", row)) == {"-"}
+
+
+def test_costs_say_how_long_each_run_took(finished):
+    costs = (
+        finished("nano")
+        .costs.iloc[:3]
+        .assign(
+            started="2026-01-07T10:00:00+00:00",
+            finished=["2026-01-07T10:00:09+00:00", "2026-01-07T10:01:30+00:00", "2026-01-08T10:00:00+00:00"],
+        )
+    )
+    table = report.cost_table(costs.assign(peak_memory_bytes=[float("nan"), 2**29, 2**30]))
+    assert table["run"].tolist() == ["data", "base", "sft"]
+    assert table["steps"].tolist() == ["-", "400", "250"]
+    assert table["seconds"].tolist() == ["9", "90", "86400"]
+    assert table["peak memory, GiB"].tolist() == ["-", "0.50", "1.00"]
+
+
+@pytest.mark.xfail(strict=True, reason="costs.csv is read with seeds as 0.0, because data and base have none")
+def test_seeds_of_costs_are_whole_numbers(finished):
+    assert report.cost_table(finished("nano").costs.iloc[:3])["seed"].tolist() == ["all", "all", "0"]
 
 
 def test_unfinished_study_is_refused_in_one_sentence(tmp_path, monkeypatch):
@@ -80,16 +145,28 @@ def test_unfinished_study_is_refused_in_one_sentence(tmp_path, monkeypatch):
         report.write_report(load_study("nano"))
 
 
-def test_same_figure_gives_the_same_files(tmp_path):
-    rows = runs.read_json(REFERENCES / "nano" / "claims.json")
-    for folder in ("one", "two"):
-        figures.set_style()
-        figures.save_figure(figures.draw_predictions(rows), tmp_path / folder, "predictions")
-    for ending in ("png", "svg", "pdf"):
-        one, two = (tmp_path / folder / f"predictions.{ending}" for folder in ("one", "two"))
-        assert one.read_bytes() == two.read_bytes(), ending
+def test_same_numbers_give_the_same_figures_and_the_reference_none(tmp_path, monkeypatch):
+    rows = tables.rows_of(folders.read_json(REFERENCES / "nano" / "claims.json"), "ABO")
+    figures.set_style()
+    files = []
+    for name in ("one", "two"):
+        monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / name))
+        folder = folders.study_folder(load_study("nano"))
+        folder.mkdir(parents=True)
+        figures.save_figure(
+            results_of(load_study("nano"), folder=folder), figures.draw_claims(rows, "Claims"), "claims"
+        )
+        files.append({path.name: path.read_bytes() for path in (folder / "figures").iterdir()})
+    assert set(files[0]) == {"claims.png", "claims.svg", "claims.pdf"}
+    assert files[0] == files[1]
+    committed = results_of(load_study("nano"), folder=tmp_path)
+    figures.save_figure(committed, figures.draw_claims(rows, "Claims"), "claims")
+    assert not (tmp_path / "figures").exists()
 
 
-def test_changed_settings_are_those_that_differ_from_the_profile():
-    assert report.changed_settings(load_study("nano")) == {}
-    assert report.changed_settings(load_study("nano", overrides={"rl.beta": 2.0})) == {"rl.beta": 2.0}
+def test_settings_that_differ_from_the_profile_are_named(finished):
+    assert "Changed settings" not in page_of(finished("nano"))
+    results = finished("laptop-cola-smollm2-7_settings-b9ebb5")
+    shown = page_of(results).partition("<dt>Changed settings</dt>")[2].partition("</dd>")[0]
+    assert results.study.chosen <= set(re.findall(r"<code>([^=<]+)=", shown))
+    assert "<code>rl.steps=24</code>" in shown

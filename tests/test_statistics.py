@@ -9,15 +9,18 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import matthews_corrcoef
 
-from nondecoupling.statistics import (
+from nondecoupling.analysis.statistics import (
+    Interval,
     Significance,
     bootstrap_interval,
     holm,
+    interval_text,
     mcc_interval,
     mcnemar,
     mean_interval,
+    over_seeds,
     paired_test,
-    reward_interval,
+    shown,
 )
 
 SEEDS = [0.31, 0.35, 0.28, 0.40, 0.33]
@@ -134,21 +137,6 @@ def test_bootstrap_interval_is_finite_and_holds_the_mean(values):
     assert interval.low <= interval.mean <= interval.high
 
 
-def test_reward_interval_of_the_reported_rewards():
-    z, n, a = 1.959963984540054, 527, 365 / 527
-    centre = (a + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(a * (1 - a) / n + z**2 / (4 * n**2))
-    interval = reward_interval(365, 527)
-    assert interval == pytest.approx((203 / 527, 2 * (centre - half) - 1, 2 * (centre + half) - 1, n))
-    assert interval.low < reward_interval(354, 527).mean < interval.high
-
-
-def test_reward_interval_at_the_ends():
-    z2 = 1.959963984540054**2
-    assert reward_interval(10, 10) == pytest.approx((1, 2 / (1 + z2 / 10) - 1, 1, 10))
-    assert reward_interval(0, 10) == pytest.approx((-1, -1, 1 - 2 / (1 + z2 / 10), 10))
-
-
 # Errors
 
 
@@ -169,12 +157,6 @@ def test_mcnemar_needs_the_same_sentences_judged_right_or_wrong():
         mcnemar([1, 0], [1, 0, 1])
     with pytest.raises(ValueError, match="only 0"):
         mcnemar([1, 0], [1, -1])
-
-
-@pytest.mark.parametrize(("correct", "n"), [(0, 0), (-1, 5), (6, 5)])
-def test_reward_interval_needs_a_count(correct, n):
-    with pytest.raises(ValueError, match="count"):
-        reward_interval(correct, n)
 
 
 # Many claims at once, and the correlation of answers with labels
@@ -208,3 +190,21 @@ def test_a_constant_answer_has_no_correlation():
 def test_answers_to_other_sentences_are_refused():
     with pytest.raises(ValueError, match="same sentences"):
         mcc_interval([0, 1], [0, 1, 1], [0, 1], seed=0)
+
+
+# As result files and tables hold them
+
+
+def test_one_seed_has_no_bounds_in_json_either():
+    assert Interval(0.4, math.nan, math.nan, 1).bounds is None
+    assert Interval(0.4, 0.3, 0.5, 3).bounds == [0.3, 0.5]
+    assert over_seeds([0.5]) == {"mean": 0.5, "ci95": None}
+    mean, low, high, _ = mean_interval(SEEDS)
+    assert over_seeds(SEEDS) == {"mean": mean, "ci95": [low, high]}
+
+
+def test_intervals_as_text():
+    assert interval_text(None, None) == shown(None) == "-"
+    assert interval_text(0.5, None) == shown(over_seeds([0.5])) == "+0.500"
+    assert shown({"mean": 0.21, "ci95": [-0.1, 0.52]}, ".0%") == "21% [-10%, 52%]"
+    assert interval_text(-0.0171, [-0.02, 0.0]) == "-0.017 [-0.020, +0.000]"

@@ -12,7 +12,7 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_softmax, logit
 
-from nondecoupling import theory
+from nondecoupling.analysis import theory
 
 # Quantities reach 2/beta = 2000 nats, so sixteen digits leave about 1e-12; three more digits are the margin.
 RELATIVE, ABSOLUTE = 1e-9, 1e-9
@@ -431,6 +431,13 @@ def test_annotators_without_disagreement_give_the_truth():
     assert np.exp(theory.annotator_policy([0, 1], 0.0)).tolist() == [[1, 0], [0, 1]]
     assert np.exp(theory.annotator_policy([0, 1], 0.2)) == close(np.array([[0.8, 0.2], [0.2, 0.8]]))
     assert theory.expected_loss([-800.0], [1], 0.0) == close(800.0)
+
+
+def test_loss_and_reward_on_labels_as_given_by_hand():
+    log_odds = [math.log(3), math.log(3)]  # "acceptable" with probability 3/4
+    assert theory.loss_on_labels(log_odds, [1, 0]) == close(-(math.log(0.75) + math.log(0.25)) / 2)
+    assert theory.reward_on_labels(log_odds, [1, 0]) == close(0.0)
+    assert theory.reward_on_labels(log_odds, [1, 1]) == close(0.5)
 
 
 # Test time

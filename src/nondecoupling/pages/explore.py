@@ -99,7 +99,7 @@ def show_live(draw: Callable[..., Any], **controls: ValueWidget) -> None:
 def draw_trajectories(results: Results, names: tuple[str, ...], seed: int | None, metric: str) -> Figure:
     """``metric`` along training: one colour per run, thin lines for seeds, a thick one for their mean.
 
-    ``seed`` None stands for all seeds.
+    ``seed`` None means all seeds.
     """
     table = results.trajectories[results.trajectories["run"].isin(names)]
     table = table if seed is None else table[table["seed"] == seed]
@@ -198,6 +198,7 @@ def load_policies(name: str, seed: int) -> tuple[Results, "PreTrainedTokenizerBa
     from nondecoupling.training import models
     from nondecoupling.training.base import base_folder
 
+    models.prepare_libraries()
     logging.disable_progress_bar()  # five bars of a second each
     base = base_folder(study, study.run("base"), results.folder)
     how, adaptation = study.profile.model, study.profile.adaptation

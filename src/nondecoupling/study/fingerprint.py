@@ -60,6 +60,8 @@ def fingerprint(study: Study, part: str, code: dict[str, str] | None = None) -> 
     kind = kind_of(study, part)
     profile = study.profile if part in SUMMARIES else study.settings_of(study.run(part))
     settings = {section: profile.model_dump()[section] for section in SECTIONS_OF[kind]}
+    if "rl" in settings:
+        settings["rl"]["grpo_beta"] = profile.rl.grpo_beta  # its formula is code that no file below is of
     return {"settings": settings, "code": code_hashes(notebook_of(kind)) if code is None else code}
 
 

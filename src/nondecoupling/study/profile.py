@@ -62,7 +62,7 @@ class Data(Section):
 
 
 class Prompt(Section):
-    """The question, its two answers, and another wording of them (``{answer}`` stands for the answer)."""
+    """The question, its two answers, and another wording of them (``{answer}`` is where the answer goes)."""
 
     template: Annotated[str, Field(pattern=r"\{sentence\}")]
     acceptable: Annotated[str, Field(min_length=1)]
@@ -88,7 +88,7 @@ class Adaptation(Section):
 class Model(Section):
     """The base model: ``folder`` (a causal LM with a chat template) if it is given, else ``hub``, else pretrained here.
 
-    ``revision`` and ``sha256`` (of the weights) pin what the hub id stands for. ``quantization`` and ``dtype`` say
+    ``revision`` and ``sha256`` (of the weights) pin what the hub id names. ``quantization`` and ``dtype`` say
     how the frozen weights are held; adapters are float32 in any case.
     """
 

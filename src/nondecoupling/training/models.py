@@ -1,5 +1,6 @@
 """Tokenizers, base models and policies: one way to load each, and one to save."""
 
+import json
 import logging as python_logging
 import os
 import warnings
@@ -100,6 +101,7 @@ def start_policy(
     if parent is not None:
         policy = PeftModel.from_pretrained(load_base(base, how), parent, is_trainable=True)
         trained: Any = policy.peft_config["default"]
+        trained.base_model_name_or_path = str(base)  # or peft asks the hub for it
         if (trained.r, trained.lora_alpha) != (adaptation.rank, adaptation.alpha):
             raise ValueError(
                 f"The adapter in {parent} has rank {trained.r} and alpha {trained.lora_alpha}, not adaptation.rank="
@@ -134,10 +136,11 @@ def start_reward_model(
 def save_policy(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     """Write the adapter (LoRA) or all weights (full) to ``folder`` as safetensors."""
     if isinstance(model, PeftModel):
-        # "default" is the trained adapter; trl adds a frozen copy of it as the KL reference. Its base is the study's,
-        # wherever that is on which machine.
-        model.peft_config["default"].base_model_name_or_path = "base"
-        model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
+        # "default" is the trained adapter; trl adds a frozen copy of it as the KL reference.
+        model.save_pretrained(str(folder), selected_adapters=["default"])
+        config = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = "base"  # the study's, wherever that is on which machine
+        (folder / ADAPTER_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     else:
         model.save_pretrained(folder)
 

@@ -21,7 +21,7 @@ How the trainers build on trl's, and what they take from its inside::
         |   sampling: trl's rollout_func       sampling: _generate_single_turn
     joint.JointTrainer: training_step adds the SFT loss, and sets `scale`
 
-Private methods of trl that are overridden, and checked to be there when a trainer is built (`PRIVATE`):
+Private methods of trl that are overridden, and checked to be there when a trainer is built (``private``):
 ``_get_per_token_logps_and_entropies``, to score equal rows once (JointTrainer also calls it), and
 ``_generate_single_turn``, because RLOO has no rollout_func. JointTrainer logs through ``_metrics``, and
 `models.prepare_libraries` sets ``trl.trainer.utils._use_triton``. Each raises AttributeError where trl has lost it.
@@ -53,8 +53,6 @@ from nondecoupling.training.reward_model import label_scores, scores
 from nondecoupling.training.stage import Stage, policy_measure, run_trainer, shared_arguments, stage_seed, training_rows
 from nondecoupling.training.trainer import FiniteSteps, Measure, Outcome
 
-PRIVATE = ("_get_per_token_logps_and_entropies", "_generate_single_turn")
-
 
 class DistinctAnswers(FiniteSteps):
     """What the RL trainers add to trl's: the model runs once per distinct (prompt, answer), as most are equal.
@@ -65,9 +63,10 @@ class DistinctAnswers(FiniteSteps):
     """
 
     scale = 1.0
+    private: tuple[str, ...] = ("_get_per_token_logps_and_entropies",)  # methods of trl that are overridden
 
     def __init__(self, *args: Any, rows_per_pass: int, **kwargs: Any) -> None:
-        for name in PRIVATE:
+        for name in self.private:
             if not hasattr(super(), name):
                 raise AttributeError(f"trl's trainers have no {name} any more: see the text of training/rl.py.")
         super().__init__(*args, **kwargs)
@@ -115,6 +114,8 @@ class DistinctGRPOTrainer(DistinctAnswers, GRPOTrainer):
 
 class DistinctRLOOTrainer(DistinctAnswers, RLOOTrainer):
     """RLOOTrainer with what `DistinctAnswers` adds; ``sample`` draws one answer to each row of question ids."""
+
+    private = (*DistinctAnswers.private, "_generate_single_turn")
 
     def __init__(self, *args: Any, sample: Callable[[list[list[int]]], list[list[int]]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -260,12 +261,12 @@ def measure_paid(stage: Stage) -> Measure:
     plain = policy_measure(stage)
     if stage.proxy is None:
         return plain
-    known: dict[str, Any] = {}
+    known: dict[tuple, Any] = {}
 
     def measure(tables):
         metrics, answers = plain(tables)
         for split, table in tables.items():
-            key = f"{split} {len(table)}"
+            key = split, *table.index
             if key not in known:
                 known[key] = label_scores(stage.proxy, stage, table)
             likely = softmax(label_log_probabilities(answers[split]), axis=1)

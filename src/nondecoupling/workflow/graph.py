@@ -95,17 +95,11 @@ def settings_of(
 
 
 def code_of_parts(study: Study, parts: list[Part]) -> dict[str, dict[str, str]]:
-    """sha256 of the code that makes each part, by file, each notebook read once."""
-    code: dict[str, dict[str, str]] = {}
-    by_kind: dict[str, dict[str, str]] = {}
-    for name in dict.fromkeys(part.name for part in parts):
-        if name in CODE_OF:
-            code[name] = {str(path): hashed(path) for path in map(PACKAGE.joinpath, CODE_OF[name])}
-            continue
-        kind = kind_of(study, name)
-        by_kind.setdefault(kind, {}) or by_kind[kind].update(code_hashes(notebook_of(kind)))
-        code[name] = by_kind[kind]
-    return code
+    """sha256 of the code that makes each part, by file; each notebook is read once."""
+    kinds = {part.name: kind_of(study, part.name) for part in parts if part.name not in CODE_OF}
+    of_kind = {kind: code_hashes(notebook_of(kind)) for kind in set(kinds.values())}
+    others = {name: {path: hashed(PACKAGE / path) for path in paths} for name, paths in CODE_OF.items()}
+    return {name: of_kind[kind] for name, kind in kinds.items()} | others
 
 
 def hashed(path: Path) -> str:

@@ -19,11 +19,17 @@ from nondecoupling.study.study import Study, nearest
 from nondecoupling.workflow.graph import Part
 
 MEMORY_ADVICE = "use JOBS=1, or lower sft.rows_per_pass, rl.rows_per_pass or evaluation.batch_size (SET=...)"
+# bitsandbytes warns on import that kernels for 4-bit weights are missing, which are not used here.
+QUIET = 'import logging; logging.getLogger("bitsandbytes").setLevel(logging.ERROR)'
 # Importing torch, transformers and trl makes 600,000 objects that stay. Looking for garbage among them after every 700
 # new ones, which is the default, takes a fifth of the import's time, and once more at the end another second.
 FEWER_COLLECTIONS = "import atexit, gc; gc.set_threshold(100_000); atexit.register(gc.freeze)"
 # The level silences a warning about TCP that every kernel prints.
-KERNEL_ARGUMENTS = ["--log-level=CRITICAL", f"--IPKernelApp.exec_lines={FEWER_COLLECTIONS}"]
+KERNEL_ARGUMENTS = [
+    "--log-level=CRITICAL",
+    f"--IPKernelApp.exec_lines={QUIET}",
+    f"--IPKernelApp.exec_lines={FEWER_COLLECTIONS}",
+]
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:

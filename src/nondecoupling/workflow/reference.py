@@ -111,7 +111,7 @@ def publish_reference(found: Results, reference: Path) -> None:
 
 
 def without_paths(content: Any) -> Any:
-    """``content`` with a user's folders by name only: where they are is nobody's business."""
+    """``content`` with a user's folders by name only: which say nothing of the results."""
     if not isinstance(content, dict):
         return content
     kept = {key: without_paths(value) for key, value in content.items()}

@@ -1,0 +1,172 @@
+"""What is refused at once and in one sentence, and what the Makefile says when asked."""
+
+import re
+import socket
+
+import pytest
+
+from making import REPOSITORY, environment, make
+from nondecoupling.study.study import load_study
+from nondecoupling.workflow.__main__ import main
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """Any attempt to execute a notebook fails the test."""
+    import papermill
+
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--run", "sft", "--profile", "nanno"], ["'nanno'", "'nano'"]),
+        (["run", "--run", "sft", "--seeds", "4-0"], ["'4-0'", "0,3,7"]),
+        (["run", "--run", "sft", "--set", "rl.betta=1"], ["'rl.betta'", "'rl.beta'"]),
+        (["run", "--run", "sft", "--set", "rl.beta"], ["'rl.beta'", "rl.beta=0.25"]),
+        (["run", "--run", "sft", "--set", "rl.beta=-1"], ["'rl.beta'", "-1"]),
+        (["run", "--run", "sft-lr"], ["'sft-lr'", "'sft-rl'"]),
+        (["run"], ["''", "sft-rl"]),
+        (["run", "--run", "data", "--data", "/no/such/folder"], ["data.folder", "/no/such/folder"]),
+        (["run", "--run", "sft", "--seed", "-1"], ["-1"]),
+        (["run", "--run", "sft", "--seed", "one"], ["--seed", "'one'"]),
+        (["reproduce", "--seeds", "five"], ["'five'"]),
+        (["reproduce", "--set", "sft.steps=0"], ["'sft.steps'"]),
+        (["reproduce", "--jobs", "0"], ["--jobs", "'0'"]),
+        (["reproduce", "--sed", "0"], ["--sed"]),
+        (["reprodce"], ["'reprodce'", "'reproduce'"]),
+        ([], ["action"]),
+        (["list", "--seeds", "0-"], ["'0-'"]),
+        (["report"], ["claims.json", "make reproduce"]),
+        (["verify"], ["claims.json", "nothing to compare"]),
+    ],
+)
+def test_a_bad_argument_is_answered_in_one_line_before_a_kernel_starts(results, no_kernel, capsys, arguments, words):
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    assert printed.out == ""
+    assert not results.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["reproduce", "SEED=0"], "'SEED' (did you mean SEEDS?)"),
+        (["reproduce", "profile=tiny"], "'profile' (did you mean PROFILE?)"),
+        (["reproduce", "JOBS=two"], "'two' is not a number of 1 or more"),
+        (["reproduce", "PROFILE=tini"], "'tini' (did you mean 'tiny'?)"),
+        pytest.param(
+            ["reprodce"],
+            "(did you mean 'reproduce'?)",
+            marks=pytest.mark.xfail(
+                strict=True, reason="make itself says that there is no rule, and not which there is"
+            ),
+        ),
+    ],
+)
+def test_make_refuses_what_it_does_not_know_and_names_the_nearest(results, words, found):
+    done = make(*words)
+    assert done.returncode != 0
+    assert found in done.stderr
+    assert done.stdout == ""
+    assert not results.exists()
+
+
+def unused_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (unused_address, ["no Dask scheduler answers at tcp://127.0.0.1:", "SCHEDULER=local"]),
+        ("locl", ["'locl'", "tcp://host:8786"]),
+        ("foo://host:8786", ["'foo'", "tcp"]),
+        ("tcp://host", ["port", "'host'"]),
+    ],
+)
+def test_a_scheduler_that_cannot_be_used_is_said_in_one_line(results, no_kernel, monkeypatch, capfd, scheduler, words):
+    monkeypatch.setattr("nondecoupling.workflow.carry.CONNECT_SECONDS", 1)
+    address = scheduler() if callable(scheduler) else scheduler
+    assert main(["reproduce", "--seeds", "0", "--scheduler", address]) == 1
+    printed = capfd.readouterr()
+    [line] = printed.err.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    assert printed.out.startswith("study 'nano': 8 of 8 notebooks to execute")
+    assert {path.name for path in (results / "nano").iterdir()} == {"plan.mk", "settings"}
+
+
+# What make says
+
+
+def test_help_is_the_default_names_every_target_and_fits_a_terminal():
+    printed = make().stdout
+    assert printed == make("help").stdout
+    phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
+    *others, older = printed.splitlines()
+    named = {match[1] for line in others if (match := re.match(r"  make (\w+) +\S", line))}
+    assert {"reproduce", "controls", "betas", "everything", "verify"} < named
+    assert set(phony[1].replace("\\", "").split()) == {"FORCE"} | named | set(re.findall(r"(\w+) \(", older))
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+@pytest.mark.xfail(strict=True, reason="three columns a seed are too many for twenty")
+@pytest.mark.parametrize("profile", ["tiny", "nano"])
+def test_the_list_of_twenty_seeds_fits_a_terminal(results, capsys, profile):
+    assert main(["list", "--profile", profile, "--seeds", "0-19"]) == 0
+    *lines, folder = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert folder == str(results / profile)
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [("study", "controls"), ("theory", "betas"), ("sweep", "seeds"), ("sweep SEEDS=3", "seeds SEEDS=3")],
+)
+def test_older_names_of_targets_mean_the_newer_ones(older, newer):
+    printed = make("--dry-run", *older.split()).stdout
+    assert printed == make("--dry-run", *newer.split()).stdout
+    assert printed.count("nondecoupling.workflow") == 1
+
+
+@pytest.mark.parametrize(("words", "seeds"), [([], "0-19"), (["SEEDS=3"], "3")])
+def test_seeds_is_reproduce_with_more_seeds(words, seeds):
+    printed = make("--dry-run", "seeds", *words).stdout
+    assert "nondecoupling.workflow reproduce " in printed
+    assert f" --seeds='{seeds}' " in printed
+
+
+@pytest.mark.parametrize(("status", "mentions"), [(0, 1), (9, 0)])
+def test_nano_is_the_default_also_where_a_gpu_is_and_a_line_says_what_would_use_it(results, tmp_path, status, mentions):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nexit {status}\n")
+    program.chmod(0o755)
+    printed = make("reproduce", "SCHEDULER=nowhere", PATH=f"{tmp_path}:{environment()['PATH']}").stdout
+    first, *others = printed.splitlines()
+    assert first.startswith("study 'nano': ")
+    assert len(others) == printed.count("PROFILE=paper would run Qwen") == mentions
+
+
+def test_clean_removes_this_study_only(results, capsys):
+    for name in ("nano", load_study("nano", overrides={"rl.beta": 0.25}).name):
+        (results / name / "data").mkdir(parents=True)
+    assert main(["clean", "--set", "rl.beta=0.25"]) == 0
+    assert [path.name for path in results.iterdir()] == ["nano"]

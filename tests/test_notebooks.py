@@ -1,0 +1,126 @@
+"""Notebooks as programs: their parameters, and what one leaves that fails."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from nondecoupling.study import folders
+from nondecoupling.study.fingerprint import NOTEBOOKS, kind_of, notebook_of
+from nondecoupling.study.plan import SUMMARIES
+from nondecoupling.study.study import load_study
+from nondecoupling.workflow import graph, notebooks
+from nondecoupling.workflow.__main__ import main
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Notebook and parameters of each that would be executed; none is."""
+    import papermill
+
+    calls = []
+
+    def execute_notebook(notebook, working, parameters, **_):
+        calls.append((notebook, parameters))
+        folders.write_text(Path(working), "{}")
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["data", "base-weak", "sft", "rl", "joint-m0.2", "reward-model", *SUMMARIES])
+def test_every_notebook_takes_what_it_is_given(results, calls, name):
+    study = load_study("nano")
+    part = next(part for part in graph.parts_of(study, [3], graph.GROUPS) if part.name == name)
+    (results / "nano" / part.place).mkdir(parents=True)
+    notebooks.execute(study, part, {"profile": "nano", "data": "", "model": "", "overrides": {"rl.beta": 0.5}})
+    [(notebook, parameters)] = calls
+    assert notebook == str(notebook_of(kind_of(study, name)))
+    assert parameters.get("run") == (name if name not in ("data", *SUMMARIES) else None)
+    assert parameters.get("seed") == part.seed
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"profil": "nano"}, ["03_sft.ipynb", "'profil'", "'profile'"]),
+        ({"sed": 0}, ["'sed'", "'seed'"]),
+        ({"seeds": "0"}, ["'seeds'", "'seed'"]),
+        ({"seed": "0"}, ["'seed'", "'0'", "int"]),
+        ({"seed": 0.0}, ["'seed'", "0.0", "int"]),
+        ({"seed": True}, ["'seed'", "True", "int"]),
+        ({"run": 3}, ["'run'", "3", "str"]),
+        ({"overrides": "rl.beta=1"}, ["'overrides'", "'rl.beta=1'", "dict"]),
+    ],
+)
+def test_unknown_and_mistyped_parameters_are_refused(parameters, words):
+    with pytest.raises(ValueError, match="parameter") as caught:
+        notebooks.check_parameters(NOTEBOOKS / "03_sft.ipynb", parameters)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_good_command_reaches_the_notebook_with_its_parameters(results, calls, capsys):
+    root = results / load_study("nano", overrides={"rl.beta": 0.25}).name
+    (root / "seed3" / "sft-rl").mkdir(parents=True)
+    (root / "seed3" / "sft-rl.failed.ipynb").write_text("{}")
+    assert main(["run", "--run", "sft-rl", "--seed", "3", "--set", "rl.beta=0.25"]) == 0
+    [(notebook, parameters)] = calls
+    assert notebook.endswith("04_rl.ipynb")
+    options = {"profile": "nano", "overrides": {"rl.beta": 0.25}, "data": "", "model": ""}
+    assert parameters == options | {"run": "sft-rl", "seed": 3}
+    assert [path.name for path in (root / "seed3" / "sft-rl").iterdir()] == ["notebook.ipynb"]
+    assert [path.name for path in (root / "seed3").iterdir()] == ["sft-rl"]  # no trace of a failed attempt
+    assert capsys.readouterr().out.startswith("seed 3 · sft-rl · 0:0")
+
+
+def test_a_failing_notebook_leaves_its_traceback_and_no_result(results, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "in_domain_train.tsv").write_text("x\t1\t\tFine.\nx\tmaybe\t\tHm.\n")
+    (folder / "in_domain_dev.tsv").write_text("x\t1\t\tFiner.\nx\t0\t*\tFinest fine.\n")
+    command = ["run", "--run", "data", "--data", str(folder)]
+    study = load_study("nano", data=str(folder))
+    root = results / study.name
+
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: 01_data.ipynb failed: ValueError: ")
+    assert f"{folder / 'in_domain_train.tsv'}, line 2" in error
+    assert str(root / "data.failed.ipynb") in error
+    assert [path.name for path in root.iterdir()] == ["data.failed.ipynb"]
+    cells = json.loads((root / "data.failed.ipynb").read_text())["cells"]
+    failures = [out for cell in cells for out in cell.get("outputs", []) if out["output_type"] == "error"]
+    assert failures[-1]["ename"] == "ValueError"
+    assert "read_tsv" in re.sub(r"\x1b\[[\d;]*m", "", "\n".join(failures[-1]["traceback"]))
+    assert graph.status_lines(study, [0])[1].split() == ["data", "✗"]
+
+    (folder / "in_domain_train.tsv").write_text("x\t1\t\tFine.\nx\t0\t\tHm.\n")
+    assert main(command) == 0
+    mended = load_study("nano", data=str(folder))
+    assert mended.name != study.name  # other data, another study
+    assert {path.name for path in (results / mended.name / "data").iterdir()} == {"metrics.json", "notebook.ipynb"}
+    assert graph.status_lines(mended, [0])[1].split() == ["data", "✓"]
+
+
+def test_a_kernel_that_dies_is_said_with_what_saves_memory(results, monkeypatch, capsys):
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    def execute_notebook(notebook, working, *_, **__):
+        folders.write_text(Path(working), "{}")
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+    partial = results / "nano" / "seed0" / "sft.partial"
+    partial.mkdir(parents=True)
+    assert main(["run", "--run", "sft"]) == 1
+    assert "03_sft.ipynb failed: its kernel died, most likely for want of memory; use JOBS=1" in capsys.readouterr().err
+    assert [path.name for path in partial.parent.iterdir()] == ["sft.failed.ipynb"]

@@ -1,0 +1,104 @@
+"""Rows and metrics as a reader sees them."""
+
+import math
+
+import pytest
+
+from nondecoupling.analysis import claims, tables
+from nondecoupling.analysis.controls import controls_not_run
+from nondecoupling.study import folders
+from nondecoupling.study.study import load_study
+from tables import MEASURED, metrics_of, results_of
+
+
+@pytest.fixture
+def rows():
+    """The paper's claims and O1, of three seeds, with a prediction for A1 alone."""
+    own = {claim.id: 0.1 for claim in claims.CLAIMS}
+    return claims.corrected_family(claims.judged_rows(metrics_of(MEASURED), claims.CLAIMS, {"A1": 0.2}, own))
+
+
+def test_claims_are_shown_with_signed_numbers_and_their_interval(rows):
+    table = tables.claims_table(rows).set_index("claim")
+    first = table.loc["A1: RL after SFT raises the SFT loss"]
+    assert (first["perfect learner"], first["own belief"]) == ("+0.200", "+0.100")
+    assert first["measured [95 %]"] == "+0.150 [+0.100, +0.200]"
+    assert (first["paper"], first["verdict"]) == ("rises sharply", "reproduced")
+    assert set(table["perfect learner"].iloc[1:]) == {"-"}
+
+
+def test_one_seed_has_an_estimate_and_no_interval():
+    one = claims.judged_rows(metrics_of({run: {} for run in MEASURED}, [4]), claims.CLAIMS, {}, {})
+    table = tables.claims_table(claims.corrected_family(one))
+    assert table["measured [95 %]"].tolist() == ["+0.000"] * len(one)
+    assert not {"p, Holm", "perfect learner", "own belief"} & set(table)  # nothing to say in any row
+
+
+def test_what_was_not_run_is_shown_with_no_number(rows):
+    missing = controls_not_run(load_study("nano"))
+    table = tables.claims_table(rows + missing).iloc[len(rows) :]
+    assert set(table["verdict"]) == {"not run (make controls)"}
+    assert set(table.drop(columns=["claim", "verdict"]).to_numpy().ravel()) == {"-"}
+    assert list(tables.claims_table(missing)) == ["claim", "verdict"]
+
+
+def test_rows_are_chosen_by_the_letter_of_their_id(rows):
+    assert [row["id"] for row in tables.rows_of(rows, "AO")] == ["A1", "A2", "O1"]
+
+
+def test_states_are_means_over_seeds_and_count_collapses():
+    fallen = {"rl": {"mcc": [0.6, 0, 0], "predicted_acceptable_rate": [0.7, 1, 1]}}
+    table = tables.states_table(metrics_of({run: MEASURED[run] | fallen.get(run, {}) for run in MEASURED}))
+    assert table.index.tolist() == list(MEASURED)
+    assert table.loc["rl", "sft_loss"] == pytest.approx(0.75)
+    assert table.loc["sft", "reward_exact"] == pytest.approx(0.5)
+    assert table["collapsed"].to_dict() == dict.fromkeys(MEASURED, "no") | {"rl": "2 of 3"}
+
+
+def test_policies_are_named_for_readers():
+    table = tables.policies_table(metrics_of({"sft-rl": {}, "joint-m0.5": {"mcc": 0.1234}}))
+    assert table["policy"].tolist() == ["SFT → RL", "joint-m0.5"]
+    assert table["MCC"].tolist() == ["0.600", "0.123"]
+    assert set(table["collapsed"]) == {"no"}
+
+
+def sweep_entry(**changes):
+    change = {"measured": {"mean": 0.1, "ci95": [0.09, 0.11]}, "own_belief": 0.5, "perfect_learner": None}
+    entry = {"run": "x", "beta": 0.1, "varied": "", "steps": 128, "is_half": False, "change_of_loss": change}
+    return entry | {"doubling": {"mean": 0.05, "ci95": [0.04, 0.06]}} | changes
+
+
+def test_the_table_of_the_sweep_names_what_a_run_varies_and_leaves_out_halves():
+    entries = [sweep_entry(), sweep_entry(is_half=True), sweep_entry(varied="32 answers", steps=64, doubling=None)]
+    plain, varied = tables.sweep_table(entries).astype(str).to_numpy().tolist()
+    assert plain == ["0.1", "128", "-", "+0.500", "+0.100 [+0.090, +0.110]", "+0.050 [+0.040, +0.060]"]
+    assert varied == ["0.1, 32 answers", "64", "-", "+0.500", "+0.100 [+0.090, +0.110]", "-"]
+
+
+def test_the_papers_difference_is_significant_only_if_few_answers_changed():
+    table = tables.paper_numbers_table().set_index("changed sentences")["p"]
+    assert table[11] == pytest.approx(2 * 0.5**11)  # all one way
+    assert table[25] < 0.05 < table[27]
+    # 51 changes, 31 one way: both tails of the binomial, summed by hand
+    assert table[51] == pytest.approx(2 * sum(math.comb(51, k) for k in range(31, 52)) / 2**51)
+
+
+def test_readme_parts_are_those_of_what_was_run(rows, tmp_path):
+    study = load_study("nano")
+    folders.write_json(tmp_path / "claims.json", rows + controls_not_run(study))
+    folders.write_json(tmp_path / "theory.json", {"sweep": None})
+    without = tables.readme_parts(results_of(study, metrics=metrics_of(MEASURED), folder=tmp_path))
+    assert list(without) == ["nano"]
+    assert "| A1: RL after SFT raises the SFT loss | rises sharply | +0.200 |" in without["nano"]
+    assert "| SFT → RL | 0.560 |" in without["nano"]
+    assert not any(words in without["nano"] for words in ("| K1:", "| β |", "not run"))
+    folders.write_json(tmp_path / "theory.json", {"sweep": [sweep_entry()]})
+    runs = MEASURED | {run.name: {} for run in study.runs_of("controls") if run.stage != "reward_model"}
+    everything = tables.readme_parts(
+        results_of(study, metrics=metrics_of(runs | {"reward-model": {}}), folder=tmp_path)
+    )
+    assert list(everything) == ["nano", "nano, controls"]
+    assert "| β | steps |" in everything["nano"]
+    for words in ("| K1: ", "| J2-interleaved: ", "| rl-weak | 0.400 |"):
+        assert words in everything["nano, controls"]
+    assert "reward-model" not in everything["nano, controls"]  # it is no policy
