@@ -26,6 +26,7 @@ from nondecoupling.task import corpus, grammar
 
 SHARED = folders.REPOSITORY.parent / "shared"
 
+
 class Trained(NamedTuple):
     """A finished stage: what it started from, what training returned, and the published folder."""
 

@@ -194,7 +194,13 @@ def theory_content(rise=0.2, seeds=3, greedy_share=1.1, **changes):
     ]
     shares = {"greedy": over_seeds(greedy_share, 0.05, seeds)}
     decoded = {"shares": shares, "gain_of_greedy_reward": over_seeds(0.0, 0.001, seeds)}
-    return {"identity_gaps": {"theorem": 1e-15}, "runs": records, "sweep": None, "test_time": decoded} | changes
+    return {
+        "identity_gaps": {"theorem": 1e-15},
+        "runs": records,
+        "beta": 0.5,
+        "sweep": None,
+        "test_time": decoded,
+    } | changes
 
 
 def theory_rows(content, kl=0.5, fall=0.1, seeds=3):
@@ -234,6 +240,21 @@ def test_each_statement_can_fail():
     assert theory_verdicts(content)["T7"] == "not reproduced"
     content["test_time"]["shares"] = {}
     assert "T6" not in theory_verdicts(content)  # nothing gained, nothing to share
+
+
+def test_a_violation_that_is_no_number_is_a_violation():
+    gaps = {"theorem": 1e-15, "sign rule": NAN}
+    assert theory_rows(theory_content(identity_gaps=gaps))[0]["verdict"] == "not reproduced"
+
+
+def test_rl_that_pays_nothing_for_kl_has_no_amount_to_reproduce():
+    study = load_study("nano", overrides={"rl.beta": 0.0})
+    found = results(measured())._replace(study=study)
+    rows = claims.judge_claims(found)
+    assert {row["id"]: row["predicted"] for row in rows} == dict.fromkeys(("A1", "A2", "B1", "B2", "B3", "O1"))
+    assert [row["id"] for row in rows if row["predicted_from_policies"] is None] == ["A1", "A2", "O1"]
+    content = theory_content(beta=0.0, runs=[record | {"self_tilted": None} for record in theory_content()["runs"]])
+    assert not {"T2", "T3"} & set(theory_verdicts(content))
 
 
 def test_one_seed_settles_no_amount():

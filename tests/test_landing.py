@@ -104,6 +104,7 @@ def test_no_beta_brings_rl_below_the_calibrated_policy_or_labels_that_are_certai
     assert landing.beta_at(0.9, float(theory.calibrated_loss(0.9))) is None
     assert landing.beta_at(0.9, 0.1) is None
     assert landing.beta_at(1.0, 0.5) is None
+    assert landing.beta_at(0.9, 500.0) is None  # further than any beta takes it
 
 
 # Decoding
@@ -132,8 +133,10 @@ def test_greedy_answers_that_rl_turns_are_what_it_taught():
     assert found["shares"]["greedy"]["mean"] == pytest.approx((0.5 - start) / (0.8 - start))
 
 
-def test_where_rl_gained_nothing_there_is_no_share():
-    assert landing.decoding(constant(changes={"sft-rl": 0.7}))["shares"] == {}
+@pytest.mark.parametrize("p", [0.7, P["sft"]])
+@pytest.mark.filterwarnings("error")
+def test_where_rl_gained_nothing_there_is_no_share(p):
+    assert landing.decoding(constant(changes={"sft-rl": p}))["shares"] == {}
 
 
 def test_rl_that_is_the_sft_policy_at_another_temperature_is_on_its_curve():
@@ -269,3 +272,9 @@ def test_a_theory_that_is_slightly_wrong_is_noticed(monkeypatch, function, wrong
     monkeypatch.setattr(theory, function, lambda *given: wrong(right, *given))
     gaps = identities.identity_gaps(0.9, 4)
     assert {name for name, gap in gaps.items() if gap > 1e-5} == noticed
+
+
+def test_a_number_that_is_none_is_no_small_gap(monkeypatch):
+    right, numbers = theory.log_normaliser, iter(range(10**6))
+    monkeypatch.setattr(theory, "log_normaliser", lambda *given: right(*given) * (np.nan if next(numbers) == 9 else 1))
+    assert np.isnan(identities.identity_gaps(0.9, 4)["theorem_3_1"])

@@ -146,3 +146,15 @@ def test_controls_that_a_study_cannot_have_are_not_predicted(tmp_path):
     perfect, own = predictions.of_controls(results, [A1 | {"predicted": None}])
     assert set(own) == {"K1", "K2", "K3", "K4", "K9", "K10"}
     assert set(perfect.values()) == {None}
+
+
+def test_a_reward_without_disagreement_is_learnt_whole_by_the_proxy():
+    perfect, _ = predictions.of_controls(with_controls(load_study("nano", overrides={"data.disagreement": 0.0})), [A1])
+    assert (perfect["K9"], perfect["K2"]) == (0, 0)
+
+
+def test_rl_that_pays_nothing_for_kl_has_no_closed_form():
+    results = with_controls(load_study("nano", overrides={"rl.beta": 0.0}))
+    assert predictions.for_perfect_learner(results) == {}
+    assert set(predictions.from_policies(results)) == {"B1", "B2", "B3"}
+    assert predictions.of_controls(results, [A1]) == ({}, {})

@@ -134,7 +134,6 @@ def test_costs_say_how_long_each_run_took(finished):
     assert table["peak memory, GiB"].tolist() == ["-", "0.50", "1.00"]
 
 
-@pytest.mark.xfail(strict=True, reason="costs.csv is read with seeds as 0.0, because data and base have none")
 def test_seeds_of_costs_are_whole_numbers(finished):
     assert report.cost_table(finished("nano").costs.iloc[:3])["seed"].tolist() == ["all", "all", "0"]
 

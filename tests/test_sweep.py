@@ -55,12 +55,7 @@ WORDS = {
 }
 
 
-grpo_is_not_named = pytest.mark.xfail(strict=True, reason="sft-rl-b1-group of a study with rloo says 'divided' alone")
-
-
-@pytest.mark.parametrize(
-    ("profile", "settings"), [*CASES, pytest.param("nano", "rl.algorithm=rloo", marks=grpo_is_not_named)]
-)
+@pytest.mark.parametrize(("profile", "settings"), [*CASES, ("nano", "rl.algorithm=rloo")])
 def test_what_a_run_is_said_to_change_is_what_it_changes(profile, settings):
     study = load_study(profile, overrides=parse_overrides(settings))
     for run in [run for run in study.runs_of("sweep") if run.stage == "rl"]:
@@ -68,6 +63,11 @@ def test_what_a_run_is_said_to_change_is_what_it_changes(profile, settings):
         words = {WORDS[key].format(changes[key]) for key in set(changes) - {"rl.beta", "rl.steps", "evaluation.points"}}
         assert set(filter(None, run.instead.split(", "))) == words
         assert study.run(run.parent).changes.items() <= changes.items()  # it goes on as its start was trained
+
+
+def test_each_beta_is_given_once():
+    with pytest.raises(ValueError, match="betas must differ"):
+        load_study("nano", overrides={"sweep.betas": [0.5, 1.0, 0.5]})
 
 
 # One run

@@ -201,12 +201,13 @@ def judge_theory(results: Results, content: TheoryFile) -> list[ClaimRow]:
     within a quarter of the prediction (at least 0.01 nats, or 0.01 of reward), *not reproduced* if all of it is beyond,
     else *inconclusive*. Unlike the claims' rules, these were written when first results were known.
     """
-    seeds, worst = len(results.seeds), max(content["identity_gaps"].values())
+    seeds, worst = len(results.seeds), float(np.max(list(content["identity_gaps"].values())))
     statement = "Theorem 3.1, the sign rule and the identities, on random finite policies"
     exact = statement_row("T1", statement, "largest violation", Interval(worst, 0.0, worst, seeds), worst < 1e-9)
     rows: list[ClaimRow] = [exact | {"test": "exact"}]  # type: ignore[list-item]
     after = [record for record in content["runs"] if record["run"] == "sft-rl"]
-    for name, measure, words in (("T2", "loss", "SFT loss"), ("T3", "reward", "sampled reward")):
+    amounts = (("T2", "loss", "SFT loss"), ("T3", "reward", "sampled reward"))
+    for name, measure, words in amounts if content["beta"] > 0 else ():  # beta = 0 has no closed form
         start, ideal, end = (
             [record[part][measure] for record in after]  # type: ignore[literal-required, index]
             for part in ("start", "self_tilted", "measured")
@@ -257,7 +258,7 @@ def sweep_rows(results: Results, content: TheoryFile) -> Iterable[ClaimRow]:
     notes = {True: "", False: "training had not settled", None: "whether training had settled is unknown"}
     entries = {entry["run"]: entry for entry in content["sweep"] or []}
     for run in results.study.runs_of("sweep"):
-        if run.stage != "rl" or run.instead or not run.half:
+        if not run.half:
             continue
         beta, steps = run.changes["rl.beta"], run.changes["rl.steps"]
         name, statement = f"T4-b{beta:g}", f"T2 at beta = {beta:g}, in {steps} steps"

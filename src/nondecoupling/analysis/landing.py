@@ -94,7 +94,7 @@ def train_against_dev(results: Results) -> dict[str, np.ndarray]:
 
 def beta_at(q: float, loss: float) -> float | None:
     """The beta at which ideal RL from the calibrated policy has this SFT loss; None where no beta brings it there."""
-    if q == 1 or loss < theory.calibrated_loss(q) + 1e-3:
+    if not theory.calibrated_loss(q) + 1e-3 <= loss <= theory.rl_loss(q, 1e-3):
         return None
     return float(np.exp(brentq(lambda x: theory.rl_loss(q, np.exp(x)) - loss, np.log(1e-3), np.log(1e3))))
 
@@ -150,14 +150,15 @@ def decoding(results: Results) -> Decoding:
     decoders = {"greedy": GREEDY} | {
         f"majority of {k}": partial(theory.majority_log_odds, samples=k) for k in (3, 9, 33)
     }
-    by_seed = {name: (decoded_rewards(results, "sft", decode) - sampled) / gain for name, decode in decoders.items()}
+    gained = gain.min() > 0
+    by_seed = {
+        name: (decoded_rewards(results, "sft", decode) - sampled) / gain for name, decode in decoders.items() if gained
+    }
     difference = sharpened_alike(results)["difference"]
     return {
         "gain_of_reward": over_seeds(gain),
         "rise_of_loss": over_seeds(np.subtract(losses(results, "sft-rl"), losses(results, "sft"))),
-        "shares": {name: {"seeds": share.tolist(), **over_seeds(share)} for name, share in by_seed.items()}
-        if gain.min() > 0
-        else {},
+        "shares": {name: {"seeds": share.tolist(), **over_seeds(share)} for name, share in by_seed.items()},
         "gain_of_greedy_reward": over_seeds(decoded_rewards(results, "sft-rl", GREEDY) - greedy),
         "above_temperature_curve": over_seeds(difference) if difference.notna().all() else None,
     }

@@ -32,12 +32,12 @@ def mean_over_seeds(results: Results, run: str, quantity: Callable[[np.ndarray, 
 
 
 def for_perfect_learner(results: Results) -> Predictions:
-    """What the closed forms predict for the paper's claims and O1; empty where the disagreement is unknown.
+    """What the closed forms predict for the paper's claims and O1; empty where q is unknown or beta is 0.
 
     RL from the base is the measured base policy, tilted by the expected reward of each dev sentence.
     """
     q, beta = results.study.profile.data.agreement, results.study.profile.rl.beta
-    if q is None:
+    if q is None or beta == 0:
         return {}
     answers = results.answers_of("base", results.seeds[0])
     truth, disagreement = answers["truth"].to_numpy(dtype=int), 1 - q
@@ -80,19 +80,18 @@ def from_policies(results: Results) -> Predictions:
     RL after SFT: the measured SFT policy at the closed form, by own belief. SFT after RL: SFT ends where it ends from
     the base, because its optimum does not depend on where it starts.
     """
-    start, end = own_frontier(results, [NO_RL, results.study.profile.rl.beta]).itertuples(index=False)
-    metrics = results.final("base", "sft", "rl")
+    beta, metrics = results.study.profile.rl.beta, results.final("base", "sft", "rl")
     mean = metrics.groupby("run")[["sft_loss", "reward_exact", "reward_sampled", "reward_greedy"]].mean()
     fall = mean.loc["sft"] - mean.loc["rl"]
-    rise = end.sft_loss - start.sft_loss
-    return {
-        "A1": rise,
-        "A2": float(mean.loc["sft", "sft_loss"] + rise - mean.loc["base", "sft_loss"]),
-        "B1": float(fall["reward_sampled"]),
-        "B2": float(fall["reward_exact"]),
-        "B3": float(fall["reward_greedy"]),
-        "O1": end.reward - start.reward,
+    found = {
+        name: float(fall[f"reward_{kind}"]) for name, kind in (("B1", "sampled"), ("B2", "exact"), ("B3", "greedy"))
     }
+    if beta == 0:  # no closed form
+        return found
+    start, end = own_frontier(results, [NO_RL, beta]).itertuples(index=False)
+    rise = end.sft_loss - start.sft_loss
+    above_base = float(mean.loc["sft", "sft_loss"] + rise - mean.loc["base", "sft_loss"])
+    return found | {"A1": rise, "A2": above_base, "O1": end.reward - start.reward}
 
 
 # Controls
@@ -112,9 +111,12 @@ def wording_rise(p: np.ndarray, share: np.ndarray, beta: float) -> float:
 def of_controls(results: Results, claims: list[ClaimRow]) -> tuple[Predictions, Predictions]:
     """For the controls, what a perfect learner would do (empty where the truth is unknown), and own belief.
 
+    Nothing where beta is 0, which has no closed form.
     ``claims`` are the judged claims of the same study; A1's predictions hold for K1, K3 and K10, too.
     """
     q, beta, study = results.study.profile.data.agreement, results.study.profile.rl.beta, results.study
+    if beta == 0:
+        return {}, {}
     rise = next(row for row in claims if row["id"] == "A1")
     metrics = results.final()
     reward = metrics.groupby("run")["reward_exact"].mean()
@@ -151,7 +153,8 @@ def of_controls(results: Results, claims: list[ClaimRow]) -> tuple[Predictions, 
     if q is not None:
         calibrated, by_truth = float(theory.calibrated_reward(q)), float(theory.rl_reward(q, beta))
         share = study.settings_of(study.run("sft-wordings")).sft.other_wording_share
-        by_proxy = theory.expected_reward_of_odds([np.log(q / (1 - q)) * (1 + 1 / beta)], [1], 1 - q)
+        certain = np.log(q / (1 - q)) if q < 1 else np.inf
+        by_proxy = theory.expected_reward_of_odds([certain * (1 + 1 / beta)], [1], 1 - q)
         perfect |= {
             "K2": calibrated - float(theory.rl_reward(q, beta / 2)),  # two tilts are one at half the price
             "K4": wording_rise(np.array([q]), np.array([share]), beta),

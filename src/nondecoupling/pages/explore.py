@@ -43,11 +43,20 @@ METRICS = {
 
 
 def find_studies() -> dict[str, Results]:
-    """All studies that have collected results: those run here by name, committed ones with "(reference)" after it."""
+    """All studies that have collected results: those run here by name, committed ones with "(reference)" after it.
+
+    Those of another version are left out, with a line that says so.
+    """
     own, committed = folders.results_root(), folders.REPOSITORY / "results" / "reference"
     found = {path.parent.name: path.parent for path in sorted(own.glob(f"*/{PROVENANCE}"))}
     found |= {path.parent.name + REFERENCE: path.parent for path in sorted(committed.glob(f"*/{PROVENANCE}"))}
-    return {name: read_results(None, folder) for name, folder in found.items()}
+    studies = {}
+    for name, folder in found.items():
+        try:
+            studies[name] = read_results(None, folder)
+        except (KeyError, ValueError) as error:
+            print(f"left out: {error}")
+    return studies
 
 
 def first_shown(studies: dict[str, Results]) -> str:

@@ -92,7 +92,8 @@ def sweep(profile: Profile) -> list[Run]:
             runs.append(rl_at(beta, f"{name}-half", rl.steps))
     if 1.0 in betas and rl.normalisation == "none":  # GRPO's own normalisation, all else equal
         grpo = {"rl.normalisation": "group", "rl.algorithm": "grpo"}
-        runs.append(rl_at(1.0, "sft-rl-b1-group", 2 * rl.steps, grpo, instead="divided"))
+        words = "divided" if rl.algorithm == "grpo" else "grpo, divided"
+        runs.append(rl_at(1.0, "sft-rl-b1-group", 2 * rl.steps, grpo, instead=words))
     return runs + (why_short(profile) if SMALL_BETA in betas else [])
 
 

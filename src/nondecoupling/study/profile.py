@@ -221,6 +221,12 @@ class Sweep(Section):
 
     betas: list[Positive]
 
+    @model_validator(mode="after")
+    def betas_differ(self) -> "Sweep":
+        if len({f"{beta:g}" for beta in self.betas}) < len(self.betas):
+            raise ValueError("betas must differ in their first six digits, which name the runs")
+        return self
+
 
 class Evaluation(Section):
     """How policies are measured: finished ones on ``splits``, those in training on ``along_size`` sentences of dev."""

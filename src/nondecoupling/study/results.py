@@ -100,6 +100,7 @@ def read_results(study: Study | None, folder: Path) -> Results:
         where = f"'{folder.name}' was made by another version of this artifact, make reproduce renews it"
         study = study_of(folder.name, validated(provenance["parameters"], where), provenance["chosen"])
     metrics, trajectories, costs = (pd.read_csv(folder / name) for name in (METRICS, TRAJECTORIES, COSTS))
+    costs = costs.astype({"seed": "Int64"})  # data and base have none
     return Results(study, folder, metrics, trajectories, pd.read_parquet(folder / ANSWERS), costs, provenance)
 
 
