@@ -39,6 +39,7 @@ STUDY    = --profile=$(call quoted,PROFILE) --data=$(call quoted,DATA) --model=$
            --seeds=$(call quoted,SEEDS)
 HOW      = --scheduler=$(call quoted,SCHEDULER) --jobs='$(JOBS)'
 WORKFLOW = $(PYTHON) -m nondecoupling.workflow
+KERNELS  = JUPYTER_PATH='$(subst ','\'',$(CURDIR))/src/nondecoupling/workflow/jupyter'
 
 .PHONY: FORCE help setup reproduce controls betas everything seeds study theory sweep list bench smollm2 lab test lint \
         verify report reference notebooks clean
@@ -80,7 +81,7 @@ report: $(READY) ## write results/<study>/report.html once more
 	@$(WORKFLOW) report $(STUDY) --shown
 
 lab: $(READY) ## open JupyterLab on the notebooks, explore.ipynb first
-	@$(PYTHON) -m jupyterlab notebooks/explore.ipynb
+	@$(KERNELS) $(PYTHON) -m jupyterlab notebooks/explore.ipynb
 
 bench: $(READY) ## time and memory of PROFILE here (RANDOM_WEIGHTS=1: no hub)
 	@$(WORKFLOW) bench $(STUDY) $(if $(RANDOM_WEIGHTS),--random-weights)
@@ -103,7 +104,7 @@ setup: $(READY) ## create .venv (all targets do it by themselves): 2 min
 test: lint ## lint, unit tests, every notebook checked: 8 min
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 	@# The notebooks run in a results folder of their own, so that a test never touches a study.
-	NONDECOUPLING_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 \
+	$(KERNELS) NONDECOUPLING_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 \
 		$(PYTHON) -m pytest -q --nbval notebooks \
 		--nbval-sanitize-with tests/nbval-sanitize.cfg --nbval-kernel-name python3 --nbval-cell-timeout 600
 

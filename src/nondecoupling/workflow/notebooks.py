@@ -19,17 +19,11 @@ from nondecoupling.study.study import Study, nearest
 from nondecoupling.workflow.graph import Part
 
 MEMORY_ADVICE = "use JOBS=1, or lower sft.rows_per_pass, rl.rows_per_pass or evaluation.batch_size (SET=...)"
-# bitsandbytes warns on import that kernels for 4-bit weights are missing, which are not used here.
-QUIET = 'import logging; logging.getLogger("bitsandbytes").setLevel(logging.ERROR)'
-# Importing torch, transformers and trl makes 600,000 objects that stay. Looking for garbage among them after every 700
-# new ones, which is the default, takes a fifth of the import's time, and once more at the end another second.
-FEWER_COLLECTIONS = "import atexit, gc; gc.set_threshold(100_000); atexit.register(gc.freeze)"
-# The level silences a warning about TCP that every kernel prints.
-KERNEL_ARGUMENTS = [
-    "--log-level=CRITICAL",
-    f"--IPKernelApp.exec_lines={QUIET}",
-    f"--IPKernelApp.exec_lines={FEWER_COLLECTIONS}",
-]
+# How kernels start, in a kernel specification of our own: without a warning about TCP that every kernel prints, and one
+# of bitsandbytes about 4-bit weights, which are not used here. Importing torch, transformers and trl makes 600,000
+# objects that stay: looking for garbage among them after every 700 new ones, which is the default, takes a fifth of the
+# import's time, and once more at the end another second.
+JUPYTER_PATH = Path(__file__).parent / "jupyter"
 
 
 def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
@@ -74,7 +68,6 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
             kernel_name="python3",
             progress_bar=False,
             cwd=str(NOTEBOOKS),
-            extra_arguments=KERNEL_ARGUMENTS,
         )
     except (PapermillExecutionError, DeadKernelError) as error:
         os.replace(working, failed)
@@ -91,12 +84,13 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
 
 
 def quiet_environment(study: Study, jobs: int) -> None:
-    """Environment of the kernels: no progress bars in captured output, and a fixed number of threads each.
+    """Environment of the kernels: how they start, no progress bars in captured output, and a fixed number of threads.
 
     The embedded model is too small for more than one; others share the cores among ``jobs`` runs. Two runs side by side
     that each start a thread per core slow each other down tenfold.
     """
     os.environ |= {
+        "JUPYTER_PATH": str(JUPYTER_PATH),
         "TQDM_DISABLE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -118,7 +112,7 @@ def renew_committed(study: Study) -> None:
             notebook = nbformat.read(path, as_version=4)
             notebook.metadata.pop("widgets", None)  # of the last execution; explore's come anew
             place = {"metadata": {"path": str(NOTEBOOKS)}}
-            NotebookClient(notebook, kernel_name="python3", resources=place, extra_arguments=KERNEL_ARGUMENTS).execute()
+            NotebookClient(notebook, kernel_name="python3", resources=place).execute()
             for cell in notebook.cells:
                 cell.metadata.pop("execution", None)  # times of day, which would make every diff long
             nbformat.write(notebook, path)
