@@ -41,8 +41,9 @@ HOW      = --scheduler=$(call quoted,SCHEDULER) --jobs='$(JOBS)'
 WORKFLOW = $(PYTHON) -m nondecoupling.workflow
 KERNELS  = JUPYTER_PATH='$(subst ','\'',$(CURDIR))/src/nondecoupling/workflow/jupyter'
 
-.PHONY: FORCE help setup reproduce controls betas everything seeds study theory sweep list bench smollm2 lab test lint \
-        verify report reference notebooks clean
+TARGETS := FORCE help setup reproduce controls betas everything seeds study theory sweep list bench smollm2 lab test lint \
+           verify report reference notebooks clean
+.PHONY: $(TARGETS)
 
 help: ## print the targets
 	@echo 'usage: make TARGET [OPTION=value ...]      times: two CPU cores, PROFILE=nano'
@@ -118,6 +119,11 @@ reference: $(READY) ## maintainers: the finished study becomes the reference
 
 notebooks: $(READY) ## maintainers: execute the committed notebooks in place
 	@$(WORKFLOW) notebooks
+
+.DEFAULT:
+	@python3 -c 'import difflib, sys; name, *known = sys.argv[1:]; near = difflib.get_close_matches(name, known, 1); \
+	    sys.exit(f"error: there is no target {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "") + "; see make help")' \
+	    '$@' $(TARGETS)
 
 study: controls
 theory: betas

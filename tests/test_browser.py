@@ -21,6 +21,7 @@ import pytest
 from nondecoupling.pages import report
 from nondecoupling.study import folders
 from nondecoupling.study.study import load_study
+from nondecoupling.workflow.notebooks import JUPYTER_PATH
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -179,7 +180,8 @@ def lab(tmp_path):
     token = secrets.token_hex(16)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
     places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "NONDECOUPLING_RESULTS": "results"}
-    environment |= {name: str(tmp_path / folder) for name, folder in places.items()} | {"MPLBACKEND": ""}
+    environment |= {name: str(tmp_path / folder) for name, folder in places.items()}
+    environment |= {"MPLBACKEND": "", "JUPYTER_PATH": str(JUPYTER_PATH)}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--port-retries=0"]
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={tmp_path / 'notebooks'}"]
     with (tmp_path / "lab.log").open("wb") as log:
@@ -200,9 +202,6 @@ def lab(tmp_path):
         server.wait(timeout=20)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bitsandbytes warns when it is imported, before prepare_libraries can silence it"
-)
 def test_explore_runs_in_jupyterlab_and_a_slider_redraws(browser, lab):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys

@@ -151,6 +151,11 @@ def gone(root: Path, name: str) -> None:
     (root / name).unlink()
 
 
+def as_old_as_its_parent(root: Path, name: str) -> None:
+    (parent,) = next(part.needs for part in PARTS if part.target == name)
+    shutil.copystat(root / parent, root / name)
+
+
 OF_RL = {f"seed{seed}/{run}/metrics.json" for seed in SEEDS for run in ("rl", "rl-sft")}
 
 
@@ -164,6 +169,7 @@ OF_RL = {f"seed{seed}/{run}/metrics.json" for seed in SEEDS for run in ("rl", "r
         (newer, "settings/report.json", {"report.html"}),
         (newer, "seed1/rl/metrics.json", {"seed1/rl-sft/metrics.json"} | MADE_OF_ALL),
         (newer, "theory.json", {"claims.json", "report.html"}),
+        (as_old_as_its_parent, "seed1/rl-sft/metrics.json", set()),
         (gone, "seed0/sft-rl/metrics.json", {"seed0/sft-rl/metrics.json"} | MADE_OF_ALL),
         (gone, "seed1/rl/metrics.json", {f"seed1/{run}/metrics.json" for run in ("rl", "rl-sft")} | MADE_OF_ALL),
         (gone, "provenance.json", {"provenance.json"}),
@@ -247,6 +253,7 @@ def test_a_failed_run_on_a_cluster_goes_on_though_a_worker_is_killed(study, copi
             worker = next(parent for parent in execution.parents() if "multiprocessing" in " ".join(parent.cmdline()))
             worker.kill()
             assert psutil.wait_procs([execution], timeout=30)[0] == [execution]
+            assert not place.exists()  # it did not come to its end
             assert execution_of("rl-sft", making.pid) != execution
             printed, complaints = making.communicate(timeout=300)
         finally:

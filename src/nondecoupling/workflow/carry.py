@@ -49,7 +49,7 @@ def local_scheduler(workers: int) -> Iterator[str]:
     with LocalCluster(
         n_workers=workers,
         threads_per_worker=1,
-        dashboard_address=None,
+        dashboard_address=":0",
         silence_logs=logging.CRITICAL,
         preload=IGNORE_CTRL_C,
     ) as cluster:
@@ -220,4 +220,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # By its name: of a program's own functions every worker would get copies, with a `running` of their own.
+    from nondecoupling.workflow import carry as module
+
+    sys.exit(module.main(sys.argv[1:]))

@@ -85,21 +85,27 @@ def parts_of(study: Study, seeds: list[int], groups: Collection[str]) -> list[Pa
     return [*parts, Part(REPORT, None, "report.html", ["claims.json"], [])]
 
 
-def settings_of(
-    study: Study, part: str, seeds: list[int], groups: Collection[str], code: dict[str, str]
-) -> dict[str, Any]:
-    """What decides a part besides what it needs: settings and code, and for what is made of all runs which they are."""
-    if part in CODE_OF:
-        return {"code": code, "seeds": seeds, "groups": sorted(groups)}
-    return fingerprint(study, part, code) | ({"seeds": seeds} if part in SUMMARIES else {})
+def settings_of_parts(
+    study: Study, parts: list[Part], seeds: list[int], groups: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """What decides each part besides what it needs: settings and code, and for what is made of all runs which they are.
 
-
-def code_of_parts(study: Study, parts: list[Part]) -> dict[str, dict[str, str]]:
-    """sha256 of the code that makes each part, by file; each notebook is read once."""
-    kinds = {part.name: kind_of(study, part.name) for part in parts if part.name not in CODE_OF}
-    of_kind = {kind: code_hashes(notebook_of(kind)) for kind in set(kinds.values())}
-    others = {name: {path: hashed(PACKAGE / path) for path in paths} for name, paths in CODE_OF.items()}
-    return {name: of_kind[kind] for name, kind in kinds.items()} | others
+    By the part's name. Each notebook is read once.
+    """
+    names = dict.fromkeys(part.name for part in parts)
+    kinds = {name: kind_of(study, name) for name in names if name not in CODE_OF}
+    code = {kind: code_hashes(notebook_of(kind)) for kind in set(kinds.values())}
+    of_tables = {path: hashed(PACKAGE / path) for path in CODE_OF[TABLES]}
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name in CODE_OF:
+            own = {path: hashed(PACKAGE / path) for path in CODE_OF[name]}
+            found[name] = {"code": own, "seeds": seeds, "groups": sorted(groups)}
+        elif name in SUMMARIES:
+            found[name] = fingerprint(study, name, code[kinds[name]] | of_tables) | {"seeds": seeds}
+        else:
+            found[name] = fingerprint(study, name, code[kinds[name]])
+    return found
 
 
 def hashed(path: Path) -> str:
@@ -108,30 +114,49 @@ def hashed(path: Path) -> str:
     return hashlib.sha256("".join(map(folders.sha256, files)).encode()).hexdigest()
 
 
+def renewed_settings(root: Path, parts: list[Part], settings: dict[str, dict[str, Any]]) -> set[str]:
+    """Names of the parts whose settings file says something else than ``settings``, or is not there."""
+    files = {part.name: root / part.settings for part in parts}
+    return {name for name, path in files.items() if not path.exists() or folders.read_json(path) != settings[name]}
+
+
+def beside_other_parents(study: Study, root: Path, parts: list[Part]) -> list[Part]:
+    """The finished runs that were made from another parent than the one that is there now."""
+    finished = [
+        part for part in parts if (root / part.target).name == folders.METRICS and (root / part.target).exists()
+    ]
+    return [
+        part
+        for part in finished
+        if folders.read_json(root / part.target).get("parents")
+        != folders.parent_hashes(study, root, study.run(part.name), part.seed or 0)
+    ]
+
+
 def write_settings(study: Study, parts: list[Part], seeds: list[int], groups: Collection[str]) -> None:
     """Write each part's settings file where that changes what it says; age runs beside another parent than theirs."""
-    root, code = folders.study_folder(study), code_of_parts(study, parts)
+    root, settings = folders.study_folder(study), settings_of_parts(study, parts, seeds, groups)
     (root / "settings").mkdir(parents=True, exist_ok=True)
-    for part in {part.name: part for part in parts}.values():
-        content = settings_of(study, part.name, seeds, groups, code[part.name])
-        if not (root / part.settings).exists() or folders.read_json(root / part.settings) != content:
-            folders.write_json(root / part.settings, content)
+    renewed = renewed_settings(root, parts, settings)
     for part in parts:
-        target = root / part.target
-        if target.name == folders.METRICS and target.exists():
-            recorded = folders.read_json(target).get("parents")
-            if recorded != folders.parent_hashes(study, root, study.run(part.name), part.seed or 0):
-                os.utime(target, (0, 0))  # older than anything, so that make makes it again
+        if part.name in renewed:
+            folders.write_json(root / part.settings, settings[part.name])
+            renewed.remove(part.name)  # one file serves all seeds
+    for part in beside_other_parents(study, root, parts):
+        os.utime(root / part.target, (0, 0))  # older than anything, so that make makes it again
 
 
-def stale_parts(root: Path, parts: list[Part]) -> list[Part]:
-    """The parts that make would make, by its own rule: missing, or older than something that they need."""
+def stale_parts(root: Path, parts: list[Part], renewed: Collection[str] = ()) -> list[Part]:
+    """The parts that make would make, by its own rule: missing, or older than something that they need.
+
+    So are those whose names are ``renewed``, and what needs them.
+    """
     stale: dict[str, Part] = {}
     for part in parts:
-        needed = [part.settings, *part.needs]
-        made = root / part.target
+        needed, made = [part.settings, *part.needs], root / part.target
         if (
-            not made.exists()
+            part.name in renewed
+            or not made.exists()
             or any(name in stale for name in needed)
             or any((root / name).stat().st_mtime_ns > made.stat().st_mtime_ns for name in needed)
         ):
@@ -166,20 +191,21 @@ def state_of(root: Path, part: Part, stale: Collection[str]) -> str:
 def status_lines(study: Study, seeds: list[int]) -> list[str]:
     """The study's runs and seeds as a grid, and for each group what is missing and what makes it."""
     root = folders.study_folder(study)
-    parts = parts_of(study, seeds, GROUPS)
-    known = [part for part in parts if (root / part.settings).exists()]
-    stale = {part.target for part in stale_parts(root, known)}
+    parts = [run_part(study, run.name, seed) for run in study.runs for seed in (seeds[:1] if run.once else seeds)]
+    renewed = renewed_settings(root, parts, settings_of_parts(study, parts, seeds, GROUPS))
+    orphans = [part.target for part in beside_other_parents(study, root, parts)]
+    stale = {*orphans, *(part.target for part in stale_parts(root, parts, renewed))}
     width = max(len(run.name) for run in study.runs)
-    lines = [f"{'':{width}}  " + " ".join(f"{seed:>2}" for seed in seeds)]
+    heads = [str(seed).rjust(len(str(seeds[-1]))) for seed in seeds]  # a digit a line, so that many seeds fit
+    lines = [f"{'':{width}} " + "".join(f" {head[place]}" for head in heads) for place in range(len(heads[0]))]
     for run in study.runs:
         marks = [state_of(root, part, stale) for part in parts if part.name == run.name]
-        lines.append(f"{run.name:{width}}  " + " ".join(f"{mark:>2}" for mark in marks))
+        lines.append(f"{run.name:{width}} " + "".join(f" {mark}" for mark in marks))
     lines += ["", "✓ finished   ~ out of date   … interrupted   ✗ failed   · not run", ""]
     for group in GROUPS:
         targets = [part.target for part in parts if part.name in {run.name for run in study.runs_of(group)}]
-        missing = sum(target in stale or not (root / target).exists() for target in targets)
+        missing = sum(target in stale for target in targets)
         if targets:
-            lines.append(
-                f"{group:9} {len(targets) - missing:>4} of {len(targets):<4} {MAKES[group] if missing else 'complete'}"
-            )
+            done, makes = f"{len(targets) - missing:>4} of {len(targets):<4}", MAKES[group] if missing else "complete"
+            lines.append(f"{group:9} {done} {makes}")
     return [*lines, "", str(root)]
