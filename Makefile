@@ -37,7 +37,7 @@ endif
 quoted   = '$(subst ','\'',$(value $(1)))'
 STUDY    = --profile=$(call quoted,PROFILE) --data=$(call quoted,DATA) --model=$(call quoted,MODEL) --set=$(call quoted,SET) \
            --seeds=$(call quoted,SEEDS)
-HOW      = --scheduler=$(call quoted,SCHEDULER) --jobs='$(JOBS)'
+HOW      = --scheduler=$(call quoted,SCHEDULER) --jobs='$(subst ','\'',$(JOBS))'
 WORKFLOW = $(PYTHON) -m nondecoupling.workflow
 KERNELS  = JUPYTER_PATH='$(subst ','\'',$(CURDIR))/src/nondecoupling/workflow/jupyter'
 
@@ -130,4 +130,4 @@ theory: betas
 sweep: seeds
 
 results/%: $(READY) FORCE
-	@$(WORKFLOW) reproduce $(STUDY) $(HOW) --target='$@'
+	@$(WORKFLOW) everything $(STUDY) $(HOW) --target='$@'

@@ -17,7 +17,7 @@ def environment(**more: str) -> dict[str, str]:
     """This environment and ``more``; the make in it takes this Python for its own, and knows of no make around it."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     inherited = {name: value for name, value in os.environ.items() if name not in OF_AN_OUTER_MAKE}
-    return inherited | {"PATH": path, "CONDA_DEFAULT_ENV": "nondecoupling", "PYTHONWARNINGS": "ignore"} | more
+    return inherited | {"PATH": path, "CONDA_DEFAULT_ENV": "nondecoupling"} | more
 
 
 def make(*words: str, folder: Path = REPOSITORY, **more: str) -> subprocess.CompletedProcess[str]:

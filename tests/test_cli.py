@@ -80,6 +80,42 @@ def test_make_refuses_what_it_does_not_know_and_names_the_nearest(results, words
     assert not results.exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        ("tiny/seed0/stf/metrics.json", "tiny/seed0/sft/metrics.json?)"),
+        ("nano/base/metrics.json", "of the study 'tiny'"),
+    ],
+)
+def test_a_target_that_is_no_result_of_the_study_is_refused(results, capfd, target, found):
+    assert main(["reproduce", "--profile=tiny", f"--target={results / target}"]) == 1
+    printed = capfd.readouterr()
+    [line] = printed.err.splitlines()
+    assert line.startswith(f"error: {results / target} is no result of the study 'tiny'")
+    assert found in line
+    assert printed.out == ""
+    assert not results.exists()
+
+
+def test_only_what_a_target_needs_is_counted(results, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("nondecoupling.workflow.executor.run_make", lambda *words: calls.append(words))
+    target = "seed0/sft/metrics.json"
+    assert main(["reproduce", "--profile=tiny", f"--target={results / 'tiny' / target}"]) == 0
+    [(command, notebooks)] = calls
+    assert (command[-1], notebooks) == (target, 3)  # data, base, sft
+    assert capsys.readouterr().out.startswith("study 'tiny': 3 of 3 notebooks to execute")
+
+
+def test_ctrl_c_before_anything_is_known_is_quiet(results, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nondecoupling.workflow.__main__.load_study", interrupted)
+    assert main(["reproduce"]) == 130
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
 def unused_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

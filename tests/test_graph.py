@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from making import environment
 from nondecoupling.study import fingerprint as fingerprints
 from nondecoupling.study import folders
 from nondecoupling.study.plan import SUMMARIES
@@ -74,8 +75,8 @@ def test_recipes_carry_the_users_words_through_make_and_shell(root):
     graph.write_settings(study, parts, [3], ["main"])
     executor.write_rules(root, parts, words)
     command = ["make", "-n", "-f", executor.RULES, "study"]
-    printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
-    recipes = [shlex.split(line)[3:] for line in printed.splitlines()]
+    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=True)
+    recipes = [shlex.split(line)[3:] for line in done.stdout.splitlines()]
     assert len(recipes) == len(parts)
     assert ["run", "--run", "data", *words] in recipes
     assert ["run", "--run", "sft-rl", "--seed", "3", *words] in recipes

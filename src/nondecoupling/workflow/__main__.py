@@ -165,6 +165,7 @@ def parse(arguments: Sequence[str] | None) -> Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the action; prints one sentence and returns 1 when something is wrong."""
+    args = None
     try:
         args = parse(arguments)
         ACTIONS[args.action](args)
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        if args.action in STUDIES:  # it has something to say, its runs have not
+        if args and args.action in STUDIES:  # it has something to say, its runs have not
             print(
                 "\nstopped; finished runs and checkpoints are kept, the same command goes on from there",
                 file=sys.stderr,

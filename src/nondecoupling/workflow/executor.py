@@ -3,6 +3,7 @@
 With SCHEDULER= the same recipes are carried to a Dask cluster one by one (`carry`); make keeps order and number.
 """
 
+import difflib
 import os
 import re
 import shlex
@@ -61,13 +62,14 @@ def make_study(
     root = folders.study_folder(study)
     groups = list(dict.fromkeys([*groups, *finished_groups(study, seeds)]))
     parts = parts_of(study, seeds, groups)
+    goal = goal_of(root, parts, target) if target else "study"
     write_settings(study, parts, seeds, groups)
     rules = write_rules(root, parts, words)
     fetch_inputs(study)
-    goal = Path(target).resolve().relative_to(root.resolve()).as_posix() if target else "study"
-    notebooks = [part for part in stale_parts(root, parts) if part.name not in (TABLES, REPORT)]
+    wanted = [part for part in needed_by(goal, parts) if part.name not in (TABLES, REPORT)]
+    notebooks = [part for part in stale_parts(root, parts) if part in wanted]
     how = f"by {scheduler}" if "://" in scheduler else f"{jobs} at a time"
-    print(f"study '{study.name}': {len(notebooks)} of {len(parts) - 2} notebooks to execute, {how}", flush=True)
+    print(f"study '{study.name}': {len(notebooks)} of {len(wanted)} notebooks to execute, {how}", flush=True)
     mention_gpu(study)
     with carry.local_scheduler(jobs) if scheduler == "local" else nullcontext(scheduler) as address:
         command = ["make", "--no-print-directory", "-C", str(root), f"-j{jobs}", "-f", rules.name, goal]
@@ -80,6 +82,25 @@ def make_study(
         raise RuntimeError(
             "the study is not complete; what is finished is kept, and the same command goes on from there."
         )
+
+
+def goal_of(root: Path, parts: list[Part], target: str) -> str:
+    """The part's target that a user means by the path ``target``; ValueError with the nearest where there is none."""
+    name, known = os.path.relpath(Path(target).resolve(), root.resolve()), [part.target for part in parts]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {root / close[0]}?)" if close else ""
+        raise ValueError(f"{target} is no result of the study '{root.name}'{hint}.")
+    return name
+
+
+def needed_by(goal: str, parts: list[Part]) -> list[Part]:
+    """The parts without which make cannot make ``goal``, itself included; all for the whole study."""
+    wanted = {goal, parts[-1].target} if goal == "study" else {goal}
+    for part in reversed(parts):
+        if part.target in wanted:
+            wanted |= {*part.needs, *part.after}
+    return [part for part in parts if part.target in wanted]
 
 
 def run_make(command: list[str], notebooks: int) -> int:

@@ -92,6 +92,7 @@ def make_reference(study: Study, seeds: list[int]) -> None:
 
 def publish_reference(found: Results, reference: Path) -> None:
     """Write the reference's files: the tables, what was made from them, and one replication of an embedded model."""
+    of_other_seeds = {path: path.read_text(encoding="utf-8") for path in reference.glob("claims-*-seeds.json")}
     shutil.rmtree(reference, ignore_errors=True)
     (reference / "figures").mkdir(parents=True)
     answers = found.answers if found.study.profile.data.generated else found.answers.assign(sentence="")
@@ -102,6 +103,8 @@ def publish_reference(found: Results, reference: Path) -> None:
             shutil.copy(found.folder / name, reference / name)
     for path in (found.folder / "figures").glob("*.png"):
         shutil.copy(path, reference / "figures" / path.name)
+    for path, text in of_other_seeds.items():
+        folders.write_text(path, text)
     if found.study.profile.pretrains:
         for run in found.study.runs_of("main")[1:]:  # not the data
             source, copy = (folders.run_folder(root, run, found.seeds[0]) for root in (found.folder, reference))
