@@ -51,7 +51,7 @@ def make_data(study: Study) -> Path:
     """What chapter 1 does."""
     started = provenance.now()
     partial = folders.open_run(folders.study_folder(study), study.run("data"), 0)
-    return corpus.publish_corpus(study, partial, corpus.collect_corpus(study.profile.data, partial), started)
+    return corpus.publish_corpus(study, 0, partial, corpus.collect_corpus(study.profile.data, 0, partial), started)
 
 
 def make_base(study: Study) -> Path:
@@ -60,16 +60,16 @@ def make_base(study: Study) -> Path:
     from nondecoupling.training import evaluation, models, pretrain
 
     started, settings, run = provenance.now(), study.profile, study.run("base")
-    table = corpus.load_checked_corpus(study)
+    table = corpus.load_checked_corpus(study, 0)
     partial = folders.open_run(folders.study_folder(study), run, 0)
-    base = bases.base_folder(study, run) if settings.model.folder else partial / folders.POLICY
+    base = bases.base_folder(study, run, 0) if settings.model.folder else partial / folders.POLICY
     if not settings.model.folder:
         exclude = set(table["sentence"])
-        pretrain.pretrain(settings.pretrain, settings.prompt, settings.evaluation, exclude=exclude, folder=base)
+        pretrain.pretrain(settings.pretrain, settings.prompt, exclude, base, seed=0)
     policy, tokenizer = models.load_base(base, settings.model), models.load_tokenizer(base)
     tables = evaluation.evaluation_tables(table, settings.evaluation)
-    measured = evaluation.measure_policy(policy, tokenizer, settings, tables, references={})
-    return bases.publish_base(study, run, partial, base, measured, {}, started)
+    measured = evaluation.measure_policy(policy, tokenizer, settings, 0, tables, references={})
+    return bases.publish_base(study, run, 0, partial, base, measured, {}, started)
 
 
 @pytest.fixture(scope="session")

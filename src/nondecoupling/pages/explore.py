@@ -209,7 +209,7 @@ def load_policies(name: str, seed: int) -> tuple[Results, "PreTrainedTokenizerBa
 
     models.prepare_libraries()
     logging.disable_progress_bar()  # five bars of a second each
-    base = base_folder(study, study.run("base"), results.folder)
+    base = base_folder(study, study.run("base"), seed, results.folder)
     how, adaptation = study.profile.model, study.profile.adaptation
     policies = {run: models.start_policy(base, place, how, adaptation, seed).eval() for run, place in there.items()}
     return results, models.load_tokenizer(base), policies
@@ -226,7 +226,8 @@ def judge_sentence(
 
     one, settings = pd.DataFrame([{"sentence": sentence, "label": 1, "source": "typed"}]), results.study.profile
     answers = {
-        run: predict(model, tokenizer, settings.prompt, one, settings.evaluation) for run, model in policies.items()
+        run: predict(model, tokenizer, settings.prompt, one, settings.evaluation.batch_size, seed=0)
+        for run, model in policies.items()
     }
     rows = {}
     for run, answer in answers.items():

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=0.5)]
 Count = Annotated[int, Field(gt=0)]
 
 
@@ -23,7 +24,8 @@ class Data(Section):
     """Where sentences come from: ``folder`` (CoLA-shaped TSV files) if it is given, else ``source``.
 
     ``expect: cola`` refuses files that are not CoLA 1.1's, byte for byte. ``labels`` are the annotators', or the truth
-    (the grammar's verdict), which only the generated corpus knows. The other settings shape the generated corpus.
+    (the grammar's verdict), which only the generated corpus knows. The other settings shape the generated corpus;
+    ``disagreement`` is the share of labels that annotators get wrong, of all sentences or by phenomenon.
     """
 
     source: Literal["generated", "hub"]
@@ -32,24 +34,16 @@ class Data(Section):
     labels: Literal["annotated", "truth"] = "annotated"
     train_size: Count | None = None
     dev_size: Count | None = None
-    disagreement: Annotated[float, Field(ge=0, lt=0.5)] | None = None
-    seed: int | None = None
+    disagreement: Rate | dict[str, Rate] | None = None
 
     @property
     def generated(self) -> bool:
         """Whether the corpus is the generated one, whose disagreement is known."""
         return self.source == "generated" and self.folder is None
 
-    @property
-    def agreement(self) -> float | None:
-        """q, the probability of a sentence's likelier label; None where it is unknown, as of real annotators."""
-        if not self.generated or self.disagreement is None:
-            return None
-        return 1.0 if self.labels == "truth" else 1 - self.disagreement
-
     @model_validator(mode="after")
     def generated_corpus_is_described(self) -> "Data":
-        missing = [name for name in ("train_size", "dev_size", "disagreement", "seed") if getattr(self, name) is None]
+        missing = [name for name in ("train_size", "dev_size", "disagreement") if getattr(self, name) is None]
         if self.source == "generated" and missing:
             raise ValueError(f"the generated corpus needs the setting '{missing[0]}'")
         return self
@@ -107,9 +101,10 @@ class Model(Section):
 
 
 class Pretrain(Section):
-    """The embedded base model: shape, optimisation, and the held-out probe that ends pretraining.
+    """The embedded base model: shape, optimisation, and what it is taught.
 
-    ``weak_steps`` are those of the control `base-weak`, which no probe ends.
+    Of the phenomena in ``taught`` it learns to give the right answer the probability ``sureness``, of all others to
+    call every sentence acceptable with the probability ``untaught``.
     """
 
     vocabulary: Count
@@ -121,13 +116,12 @@ class Pretrain(Section):
     text_share: Share
     text_weight: Share
     batch_size: Count
+    steps: Count
     learning_rate: Positive
-    max_steps: Count
-    probe_size: Count
-    probe_every: Count
-    probe_target: Share
-    weak_steps: Count
-    seed: int
+    warmup_share: Share
+    taught: list[str]
+    sureness: Annotated[float, Field(ge=0.5, le=1)]
+    untaught: Share
 
 
 class Sft(Section):
@@ -155,7 +149,8 @@ class Rl(Section):
     """Reinforcement learning of E[r] - beta KL(p | start of the stage) by trl's GRPOTrainer or RLOOTrainer.
 
     ``reward``: +1 for the right label read strictly, robustly or in the prompt's other wording only, -1 otherwise;
-    "random" is a coin, whatever the answer; "proxy" is the score of a reward model that learnt from preferences.
+    "random" pays for a label that a coin chose, once for each sentence; "proxy" is the score of a reward model that
+    learnt from preferences.
     """
 
     algorithm: Literal["grpo", "rloo"]
@@ -236,7 +231,6 @@ class Evaluation(Section):
     splits: list[Literal["dev", "dev_out", "train"]]
     train_size: Count
     batch_size: Count
-    seed: int
 
     @model_validator(mode="after")
     def dev_is_measured(self) -> "Evaluation":

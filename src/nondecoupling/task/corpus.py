@@ -6,9 +6,11 @@ import io
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from nondecoupling.study import folders, provenance
+from nondecoupling.study.plan import seed_of
 from nondecoupling.study.profile import Data
 from nondecoupling.study.study import Study
 from nondecoupling.task import grammar, hub
@@ -31,8 +33,10 @@ IN_DOMAIN = 527
 IN_DOMAIN_SHA256 = "9847f1c624b4d52bf55239211922a1648a897d854585982482ffddee185d8303"
 
 
-def collect_corpus(data: Data, folder: Path) -> Path:
+def collect_corpus(data: Data, seed: int, folder: Path) -> Path:
     """The folder that holds the study's TSV files: the user's own, else ``folder`` after they were written there.
+
+    ``seed`` is the replication's, for the generated corpus.
 
     Raises ValueError naming the file and both hashes (or row counts) where ``data.expect`` is "cola" and it is not,
     ConnectionError where the hub is needed and cannot be reached.
@@ -44,7 +48,7 @@ def collect_corpus(data: Data, folder: Path) -> Path:
     if data.source == "hub":
         write_glue({split: pd.read_parquet(path) for split, path in hub.fetch_glue().items()}, folder)
     else:
-        generate_corpus(data, folder)
+        generate_corpus(data, seed, folder)
     return folder
 
 
@@ -75,19 +79,30 @@ def write_glue(tables: dict[str, pd.DataFrame], folder: Path) -> None:
         write_tsv(table.assign(source="glue", mark=""), folder / FILES[split])
 
 
-def generate_corpus(data: Data, folder: Path) -> None:
-    """Write the generated train and dev sets to ``folder`` as CoLA-shaped TSV files.
+def disagreement_by_source(data: Data) -> dict[str, float]:
+    """The share of labels that annotators get wrong, by phenomenon of the grammar; ValueError if one is not named."""
+    if not isinstance(data.disagreement, dict):
+        return dict.fromkeys(grammar.PHENOMENA, data.disagreement or 0.0)
+    named, known = set(data.disagreement), set(grammar.PHENOMENA)
+    if named != known:
+        wrong = min(named ^ known)
+        what = "is no phenomenon of the grammar" if wrong in named else "has no rate"
+        raise ValueError(f"data.disagreement: '{wrong}' {what}; give one rate, or one for each of {sorted(known)}.")
+    return data.disagreement
 
-    Labels are the grammar's verdict, flipped for a share ``data.disagreement`` of sentences; the mark column keeps the
-    verdict ("*" for unacceptable), as CoLA's keeps the author's. Train and dev share no sentence.
+
+def generate_corpus(data: Data, seed: int, folder: Path) -> None:
+    """Write replication ``seed``'s generated train and dev sets to ``folder`` as CoLA-shaped TSV files.
+
+    Labels are the grammar's verdict, flipped for a known share of the sentences of each phenomenon; the mark column
+    keeps the verdict ("*" for unacceptable), as CoLA's keeps the author's. Train and dev share no sentence.
     """
-    train_size, dev_size, disagreement, seed = data.train_size, data.dev_size, data.disagreement, data.seed
-    if train_size is None or dev_size is None or disagreement is None or seed is None:
-        raise ValueError("The generated corpus needs data.train_size, dev_size, disagreement and seed.")
-    clean = grammar.sample_sentences(train_size + dev_size, seed=seed)
-    splits = {"dev": clean.iloc[:dev_size], "train": clean.iloc[dev_size:]}
-    for offset, (split, table) in enumerate(splits.items(), start=1):
-        noisy = grammar.flip_labels(table, disagreement, seed=seed + offset)
+    if data.train_size is None or data.dev_size is None:
+        raise ValueError("The generated corpus needs data.train_size and data.dev_size.")
+    rates = disagreement_by_source(data)
+    clean = grammar.sample_sentences(data.train_size + data.dev_size, seed=seed_of("sentences", seed))
+    for split, table in {"dev": clean.iloc[: data.dev_size], "train": clean.iloc[data.dev_size :]}.items():
+        noisy = grammar.flip_labels(table, rates, seed=seed_of(f"{split} labels", seed))
         write_tsv(noisy, folder / FILES[split])
 
 
@@ -174,7 +189,7 @@ def load_corpus(folder: Path) -> pd.DataFrame:
     return corpus[["split", *COLUMNS]]
 
 
-def publish_corpus(study: Study, partial: Path, folder: Path, started: datetime) -> Path:
+def publish_corpus(study: Study, seed: int, partial: Path, folder: Path, started: datetime) -> Path:
     """Publish the data run, whose sentences are in ``folder``, from its ``partial`` folder; returns the result's."""
     evaluation = {
         str(split): {"n": int(row.sentences), "majority_reward": row.majority_reward}
@@ -182,30 +197,33 @@ def publish_corpus(study: Study, partial: Path, folder: Path, started: datetime)
     }
     hashes = folders.file_hashes(folder, "*.tsv")
     root, run = folders.study_folder(study), study.run("data")
-    provenance.write_metrics(root, partial, study, run, 0, started, evaluation, {}, data_sha256=hashes)
+    provenance.write_metrics(root, partial, study, run, seed, started, evaluation, {}, data_sha256=hashes)
     return folders.publish(partial)
 
 
-def load_checked_corpus(study: Study) -> pd.DataFrame:
-    """The study's corpus with the column ``truth``: the grammar's verdict, missing where nobody knows it.
+def load_checked_corpus(study: Study, seed: int) -> pd.DataFrame:
+    """The corpus of replication ``seed`` with the columns ``truth`` (the grammar's verdict) and ``agreement``.
 
+    The agreement is q(x), the probability of a sentence's likelier label. Both are missing where nobody knows them.
     Raises FileNotFoundError if the data run is not finished, ValueError if its files are not those that it described.
     """
-    root = folders.study_folder(study)
-    described = folders.read_json(folders.require_complete(root / "data", "Loading the corpus") / folders.METRICS)
-    folder = Path(study.profile.data.folder) if study.profile.data.folder else root / "data"
+    data, run = study.profile.data, folders.run_folder(folders.study_folder(study), study.run("data"), seed)
+    described = folders.read_json(folders.require_complete(run, "Loading the corpus") / folders.METRICS)
+    folder = Path(data.folder) if data.folder else run
     for name, expected in described["provenance"]["data_sha256"].items():
         found = folders.file_hashes(folder, name).get(name)
         if found != expected:
             raise ValueError(f"{folder / name} has sha256 {found}, but 01_data saw {expected}; run 01_data again.")
     corpus = load_corpus(folder)
-    known = pd.Series(study.profile.data.generated, index=corpus.index)
-    return corpus.assign(truth=(corpus["mark"] == "").astype("Int64").where(known))
+    if not data.generated:
+        return corpus.assign(truth=pd.Series(pd.NA, index=corpus.index, dtype="Int64"), agreement=np.nan)
+    agreement = 1 - corpus["source"].map(disagreement_by_source(data))
+    return corpus.assign(truth=(corpus["mark"] == "").astype("Int64"), agreement=agreement)
 
 
 def with_true_labels(corpus: pd.DataFrame) -> pd.DataFrame:
     """A generated ``corpus`` as annotators who never disagree would label it: by its marks, the grammar's verdicts."""
-    return corpus.assign(label=(corpus["mark"] == "").astype(int))
+    return corpus.assign(label=(corpus["mark"] == "").astype(int), agreement=1.0)
 
 
 def describe_corpus(corpus: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ are the right ones, and slots are drawn uniformly, so a word is as frequent in s
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import pandas as pd
@@ -218,20 +218,20 @@ def sample_sentences(
     return table.iloc[rng.permutation(n)].reset_index(drop=True)
 
 
-def flip_labels(table: pd.DataFrame, rate: float, seed: int) -> pd.DataFrame:
-    """Copy the table with exactly round(rate * n) labels flipped: annotators who disagree at a known rate.
+def flip_labels(table: pd.DataFrame, rates: float | Mapping[str, float], seed: int) -> pd.DataFrame:
+    """Return the table with labels flipped at a known rate, by annotators who disagree.
 
-    The flips are spread over truly unacceptable and truly acceptable sentences in proportion, so that the noise
-    tells nothing of the truth. `mark` keeps the truth. With r the rate, the best SFT loss per label is the entropy
-    -r log r - (1 - r) log(1 - r) nats; the reward of a policy that samples from the true label distribution is
-    (1 - 2 r)**2, that of one that always gives the likelier label 1 - 2 r.
+    Of n sentences at rate r exactly round(r * n) are flipped, spread over truly unacceptable and truly acceptable
+    sentences in proportion, so that the noise tells nothing of the truth. `mark` keeps the truth. The best SFT loss per
+    label is then the entropy -r log r - (1 - r) log(1 - r) nats; the reward of a policy that samples from the true
+    label distribution is (1 - 2 r)**2, that of one that always gives the likelier label 1 - 2 r.
 
     Parameters
     ----------
     table : pandas.DataFrame, shape (n, columns)
-        With `label` (0 or 1) and `mark` ("" if truly acceptable).
-    rate : float
-        Share of labels to flip, in [0, 0.5).
+        With `label` (0 or 1), `mark` ("" if truly acceptable) and, for rates by phenomenon, `source`.
+    rates : float, or a mapping from each source to a float
+        Share of labels to flip, in [0, 0.5): of all sentences, or of those of each source.
     seed : int
         Seed of the choice of rows.
 
@@ -242,19 +242,21 @@ def flip_labels(table: pd.DataFrame, rate: float, seed: int) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        If the rate is not in [0, 0.5).
+        If a rate is not in [0, 0.5).
     """
-    if not 0 <= rate < 0.5:
-        raise ValueError(f"rate must be at least 0 and below 0.5, where labels say nothing, not {rate}.")
     rng = np.random.default_rng(seed)
-    fine = np.flatnonzero(table["mark"] == "")
-    starred = np.flatnonzero(table["mark"] != "")
-    starred_flips = round(rate * len(starred))
-    fine_flips = round(rate * len(table)) - starred_flips  # round(rate * len(fine)), or 1 off to meet the total
-    labels = table["label"].to_numpy(copy=True)
-    for rows, flips in ((starred, starred_flips), (fine, fine_flips)):
-        chosen = rng.choice(rows, flips, replace=False)
-        labels[chosen] = 1 - labels[chosen]
+    marks, labels = table["mark"].to_numpy(), table["label"].to_numpy(copy=True)
+    by_source = rates if isinstance(rates, Mapping) else {None: rates}
+    for source, rate in by_source.items():
+        if not 0 <= rate < 0.5:
+            raise ValueError(f"rate must be at least 0 and below 0.5, where labels say nothing, not {rate}.")
+        among = np.full(len(table), True) if source is None else (table["source"] == source).to_numpy()
+        fine, starred = (np.flatnonzero(among & (marks == "")), np.flatnonzero(among & (marks != "")))
+        starred_flips = round(rate * len(starred))
+        fine_flips = round(rate * among.sum()) - starred_flips  # round(rate * len(fine)), or 1 off to meet the total
+        for rows, flips in ((starred, starred_flips), (fine, fine_flips)):
+            chosen = rng.choice(rows, flips, replace=False)
+            labels[chosen] = 1 - labels[chosen]
     return table.assign(label=labels)
 
 

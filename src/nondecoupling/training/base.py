@@ -11,7 +11,7 @@ from nondecoupling.task import hub
 from nondecoupling.training.evaluation import Measured
 
 
-def base_folder(study: Study, run: Run, root: Path | None = None) -> Path:
+def base_folder(study: Study, run: Run, seed: int, root: Path | None = None) -> Path:
     """Where a base's files are; downloads them where the profile names a hub id that is not in the cache.
 
     ``root`` is the folder of the study's results, unless they are elsewhere.
@@ -21,7 +21,7 @@ def base_folder(study: Study, run: Run, root: Path | None = None) -> Path:
         return Path(model.folder)
     if model.hub:
         return hub.fetch_model(model.hub, str(model.revision))
-    return folders.run_folder(root or folders.study_folder(study), run, 0) / folders.POLICY
+    return folders.run_folder(root or folders.study_folder(study), run, seed) / folders.POLICY
 
 
 def describe_model(study: Study, base: Path) -> dict[str, Any]:
@@ -40,7 +40,14 @@ def describe_model(study: Study, base: Path) -> dict[str, Any]:
 
 
 def publish_base(
-    study: Study, run: Run, partial: Path, base: Path, measured: Measured, training: dict[str, Any], started: datetime
+    study: Study,
+    run: Run,
+    seed: int,
+    partial: Path,
+    base: Path,
+    measured: Measured,
+    training: dict[str, Any],
+    started: datetime,
 ) -> Path:
     """Publish a base run, whose model is in ``base``, from its ``partial`` folder; returns the result's."""
     metrics, answers = measured
@@ -49,7 +56,7 @@ def publish_base(
     same = {"kl_to_parent": 0.0, "kl_to_base": 0.0}  # the base is its own reference
     evaluation = {split: values | same for split, values in metrics.items()}
     root = folders.study_folder(study)
-    data = folders.read_json(root / "data" / folders.METRICS)["provenance"]["data_sha256"]
-    known = {"data_sha256": data, "model": describe_model(study, base)}
-    provenance.write_metrics(root, partial, study, run, 0, started, evaluation, training, **known)
+    data = folders.read_json(folders.run_folder(root, study.run("data"), seed) / folders.METRICS)["provenance"]
+    known = {"data_sha256": data["data_sha256"], "model": describe_model(study, base)}
+    provenance.write_metrics(root, partial, study, run, seed, started, evaluation, training, **known)
     return folders.publish(partial)

@@ -10,6 +10,7 @@ from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nondecoupling.study.folders import answers_file
+from nondecoupling.study.plan import seed_of
 from nondecoupling.study.profile import Evaluation, Profile, Prompt
 from nondecoupling.task.corpus import fixed_subset, majority_reward
 from nondecoupling.task.prompts import (
@@ -23,7 +24,7 @@ from nondecoupling.task.prompts import (
 )
 from nondecoupling.training.generation import Prefix, batches
 
-OF_A_SENTENCE = ["sentence", "label", "source", "truth"]  # columns of a corpus that answers keep
+OF_A_SENTENCE = ["sentence", "label", "source", "truth", "agreement"]  # columns of a corpus that answers keep
 
 Measured = tuple[dict[str, dict[str, float]], dict[str, pd.DataFrame]]  # by split: metrics, and a row per sentence
 
@@ -42,6 +43,7 @@ def measure_policy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Profile,
+    seed: int,
     tables: dict[str, pd.DataFrame],
     references: dict[str, Path],
 ) -> Measured:
@@ -49,7 +51,7 @@ def measure_policy(
     unacceptable, acceptable = (len(response_ids(tokenizer, text)) for text in responses(settings.prompt))
     metrics, answers = {}, {}
     for split, table in tables.items():
-        answers[split] = predict(model, tokenizer, settings.prompt, table, settings.evaluation)
+        answers[split] = predict(model, tokenizer, settings.prompt, table, settings.evaluation.batch_size, seed)
         # A table may hold some of the split's sentences only; its index says which.
         known = {
             name: pd.read_parquet(folder / answers_file(split)).iloc[table.index] for name, folder in references.items()
@@ -64,22 +66,23 @@ def predict(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     table: pd.DataFrame,
-    evaluation: Evaluation,
+    batch_size: int,
+    seed: int,
 ) -> pd.DataFrame:
     """The policy's answers to every sentence of ``table``, one row each.
 
     Columns `OF_A_SENTENCE`, as far as ``table`` has them, and ``logp_acceptable, logp_unacceptable, sampled, greedy``:
     log p of the whole response with its end token (nats), and one answer sampled at temperature 1 and one greedy as
-    text. Sampling has a generator of its own, seeded by ``evaluation.seed``: measuring never disturbs training, and all
-    policies share the draws.
+    text. Sampling has a generator of its own, seeded by the replication's ``seed``: measuring never disturbs training,
+    and all policies of a replication share the draws.
     """
     was_training = model.training
     model.eval()
     rows = prompt_ids(tokenizer, prompt, table["sentence"])
     unacceptable, acceptable = (response_ids(tokenizer, text) for text in responses(prompt))
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(evaluation.seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed_of("evaluation", seed))
     logp_acceptable, logp_unacceptable, sampled, greedy = [], [], [], []
-    for batch in batches(rows, evaluation.batch_size):
+    for batch in batches(rows, batch_size):
         prefix = Prefix(model, batch, tokenizer.pad_token_id)
         logp_acceptable += prefix.log_probability(acceptable).tolist()
         logp_unacceptable += prefix.log_probability(unacceptable).tolist()

@@ -1,21 +1,19 @@
-"""The embedded base model: a tiny Qwen3 with a tokenizer of its own, pretrained until a held-out probe says enough."""
+"""The embedded base model: a tiny Qwen3 with a tokenizer of its own, taught part of the grammar."""
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import balanced_accuracy_score
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from nondecoupling.study.profile import Evaluation, Pretrain, Prompt
+from nondecoupling.study.plan import seed_of
+from nondecoupling.study.profile import Pretrain, Prompt
 from nondecoupling.task import grammar
 from nondecoupling.task.prompts import prompt_ids, prompt_messages, response_ids, responses
-from nondecoupling.training.evaluation import likelier_labels, predict
 from nondecoupling.training.generation import padded
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -75,9 +73,9 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def new_model(settings: Pretrain, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def new_model(settings: Pretrain, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     """An untrained model of Qwen3's architecture, tied embeddings, shape from ``settings``."""
-    set_seed(settings.seed)
+    set_seed(seed_of("pretraining weights", seed))
     heads = settings.hidden_size // settings.head_size
     return Qwen3ForCausalLM(
         Qwen3Config(
@@ -97,89 +95,90 @@ def new_model(settings: Pretrain, tokenizer: PreTrainedTokenizerFast) -> Qwen3Fo
     )
 
 
-def pretraining_sentences(settings: Pretrain, exclude: set[str]) -> pd.DataFrame:
-    """Clean, balanced sentences that share none with ``exclude``; the last ``probe_size`` are the probe.
+def pretraining_sentences(settings: Pretrain, exclude: set[str], seed: int) -> pd.DataFrame:
+    """Balanced sentences that share none with ``exclude``, and ``p_right``: how sure of its label the base is to be.
 
-    Labels are clean because label noise keeps so small a model from learning at all, and balanced so that the base has
-    no preference for an answer.
+    A right label that the base is taught has the probability ``sureness``. Of what it is not taught it is to find
+    everything as acceptable as ``untaught`` says, right or wrong.
     """
-    return grammar.sample_sentences(
-        settings.corpus_size + settings.probe_size, seed=settings.seed, exclude=exclude, grammatical_share=0.5
-    )
+    size, seed = settings.corpus_size, seed_of("pretraining sentences", seed)
+    table = grammar.sample_sentences(size, seed=seed, exclude=exclude, grammatical_share=0.5)
+    leaning = np.where(table["label"] == 1, settings.untaught, 1 - settings.untaught)
+    return table.assign(p_right=np.where(table["source"].isin(settings.taught), settings.sureness, leaning))
 
 
-def encode_chats(
-    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, rows: list[tuple[str, int]]
-) -> list[tuple[list[int], list[float]]]:
-    """Token ids and loss weights of chats about (sentence, label) rows.
+def chat_loss(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: Prompt, rows: pd.DataFrame
+) -> tuple[torch.Tensor, int]:
+    """Summed loss (nats) and number of the answers' tokens in chats about ``rows``: label, p_right, sentence.
 
-    The question counts 0 (half of its sentences are ungrammatical, and no text to learn from), the answer 1.
+    The question counts nothing: half of its sentences are ungrammatical, and no text to learn from. The first token of
+    the answer decides between the two, and its target is both of them, the right one with probability ``p_right``:
+    soft targets teach how sure to be without the noise of labels that are drawn.
     """
-    questions = prompt_ids(tokenizer, prompt, [sentence for sentence, _ in rows])
+    questions = prompt_ids(tokenizer, prompt, rows["sentence"])
     answers = [response_ids(tokenizer, text) for text in responses(prompt)]
-    return [
-        (question + answers[label], [0.0] * len(question) + [1.0] * len(answers[label]))
-        for question, (_, label) in zip(questions, rows, strict=True)
-    ]
+    labels, p_right = torch.tensor(rows["label"].to_numpy()), torch.tensor(rows["p_right"].to_numpy()).float()
+    chats = [question + answers[label] for question, label in zip(questions, rows["label"], strict=True)]
+    ids, _ = padded(chats, tokenizer.pad_token_id, "right")
+    logp = model(ids).logits.log_softmax(-1)
+    row, first = torch.arange(len(rows)), torch.tensor([len(q) for q in questions])
+    at_first = logp[row, first - 1]
+    one_of = torch.tensor([answer[0] for answer in answers])
+    right, wrong = at_first[row, one_of[labels]], at_first[row, one_of[1 - labels]]
+    total, tokens = -(p_right * right + (1 - p_right) * wrong).sum(), len(rows)
+    for place in range(1, max(map(len, answers))):  # the rest of the answer and its end
+        longer = torch.tensor([len(answers[label]) > place for label in rows["label"]])
+        position = (first + place)[longer]
+        total = total - logp[row[longer], position - 1, ids[row[longer], position]].sum()
+        tokens += int(longer.sum())
+    return total, tokens
 
 
-def encode_text(tokenizer: PreTrainedTokenizerFast, sentence: str, weight: float) -> tuple[list[int], list[float]]:
-    """Token ids and loss weights of a sentence as plain text."""
-    ids = [*tokenizer(sentence, add_special_tokens=False)["input_ids"], tokenizer.pad_token_id]
-    return ids, [weight] * len(ids)
-
-
-def weighted_loss(model: Qwen3ForCausalLM, rows: list[tuple[list[int], list[float]]], pad: int) -> torch.Tensor:
-    """Mean next-token cross-entropy (nats) of ``rows``, each token counted with its weight."""
-    ids, _ = padded([ids for ids, _ in rows], pad, "right")
-    weights = pad_sequence([torch.tensor(weight) for _, weight in rows], batch_first=True)[:, 1:]
+def text_loss(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> tuple[torch.Tensor, int]:
+    """Summed next-token loss (nats) and number of tokens of sentences as plain text, each with its end."""
+    rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.pad_token_id] for text in texts]
+    ids, mask = padded(rows, tokenizer.pad_token_id, "right")
     losses = cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return (losses * weights.flatten()).sum() / weights.sum()
+    counted = mask[:, 1:].flatten()
+    return (losses * counted).sum(), int(counted.sum())
 
 
-def pretrain(
-    settings: Pretrain, prompt: Prompt, evaluation: Evaluation, exclude: set[str], folder: Path
-) -> pd.DataFrame:
-    """Train tokenizer and model from scratch, save both to ``folder``, and return the probe's history.
+def pretrain(settings: Pretrain, prompt: Prompt, exclude: set[str], folder: Path, seed: int) -> pd.DataFrame:
+    """Train tokenizer and model of replication ``seed``, save both to ``folder``; returns ``step, loss``.
 
-    Stops at the first probe whose balanced accuracy reaches ``probe_target``: learning comes in a sudden transition
-    whose moment depends on the seed, so a fixed number of steps would give a base that knows nothing or everything.
-    Raises RuntimeError if ``max_steps`` pass without that.
+    A base's competence comes from what it is taught, never from when it is stopped: so small a model learns a
+    phenomenon in a sudden transition, and at the end of its steps it is past those of the phenomena that it is taught.
     """
-    sentences = pretraining_sentences(settings, exclude)
-    rng = random.Random(settings.seed)
-    reading, probe = sentences.iloc[: settings.corpus_size], sentences.iloc[settings.corpus_size :]
-    questions = [prompt_messages(prompt, sentence)[0]["content"] for sentence in reading["sentence"][:5000]]
+    if unknown := sorted(set(settings.taught) - set(grammar.PHENOMENA)):
+        raise ValueError(f"pretrain.taught: '{unknown[0]}' is no phenomenon of the grammar.")
+    sentences = pretraining_sentences(settings, exclude, seed)
+    rng = np.random.default_rng(seed_of("pretraining batches", seed))
+    questions = [prompt_messages(prompt, sentence)[0]["content"] for sentence in sentences["sentence"][:5000]]
     frame = [*responses(prompt), "user\n", "assistant\n", "\n\n"] * 1000  # frequent enough to become single tokens
     tokenizer = train_tokenizer(iter(questions + frame), settings.vocabulary)
-    model = new_model(settings, tokenizer)
+    model = new_model(settings, tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=100)
-    rows = list(zip(reading["sentence"], reading["label"], strict=True))
-    grammatical = reading.loc[reading["label"] == 1, "sentence"].tolist()  # what text is made of
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps + 1, pct_start=settings.warmup_share
+    )
+    grammatical = sentences.loc[sentences["label"] == 1, "sentence"].to_numpy()  # what text is made of
     texts = round(settings.text_share * settings.batch_size)
     history = []
-    for step in range(1, settings.max_steps + 1):
-        chats = encode_chats(tokenizer, prompt, rng.sample(rows, settings.batch_size - texts))
-        plain = [encode_text(tokenizer, s, settings.text_weight) for s in rng.sample(grammatical, texts)]
-        loss = weighted_loss(model, chats + plain, tokenizer.pad_token_id)
+    for step in range(1, settings.steps + 1):
+        chats = sentences.iloc[rng.choice(len(sentences), settings.batch_size - texts, replace=False)]
+        answered, answer_tokens = chat_loss(model, tokenizer, prompt, chats)
+        read, text_tokens = text_loss(model, tokenizer, rng.choice(grammatical, texts, replace=False).tolist())
+        weight = settings.text_weight
+        loss = (answered + weight * read) / (answer_tokens + weight * text_tokens)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        warmup.step()
-        if step % settings.probe_every == 0:
-            predictions = predict(model, tokenizer, prompt, probe, evaluation)
-            accuracy = balanced_accuracy_score(predictions["label"], likelier_labels(predictions))
-            history.append({"step": step, "loss": loss.item(), "probe": float(accuracy)})
-            if history[-1]["probe"] >= settings.probe_target:
-                break
-    else:
-        reached = max((row["probe"] for row in history), default=0.0)
-        raise RuntimeError(
-            f"Pretraining reached balanced accuracy {reached:.2f} on its probe in {settings.max_steps} steps, below "
-            f"pretrain.probe_target={settings.probe_target}; raise pretrain.max_steps or change pretrain.seed."
-        )
+        schedule.step()
+        history.append({"step": step, "loss": answered.item() / len(chats)})
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return pd.DataFrame(history)

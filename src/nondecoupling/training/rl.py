@@ -30,12 +30,14 @@ Private methods of trl that are overridden, and checked to be there when a train
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from scipy.special import softmax
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from nondecoupling.study.plan import seed_of
 from nondecoupling.study.profile import Joint, Rl
 from nondecoupling.task.prompts import (
     TEMPLATE_OPTIONS,
@@ -151,8 +153,8 @@ def reward_functions(stage: Stage) -> list[Callable[..., list[float]]]:
     def gold(completion_ids, label, **_):
         return label_reward(completion_ids, label, parse_robust)
 
-    def coin(completion_ids, **_):  # torch's own generator, whose state is part of a checkpoint
-        return (2 * torch.randint(2, (len(completion_ids),)) - 1).float().tolist()
+    def drawn(completion_ids, drawn_label, **_):
+        return label_reward(completion_ids, drawn_label)
 
     def proxy(prompts, completion_ids, **_):
         rows = [tuple(q + a) for q, a in zip(chat_ids(tokenizer, prompts), completion_ids, strict=True)]
@@ -163,7 +165,7 @@ def reward_functions(stage: Stage) -> list[Callable[..., list[float]]]:
 
     special: dict[str, list[Callable[..., list[float]]]] = {
         "other_wording": [label_reward, gold],
-        "random": [coin, gold],
+        "random": [drawn, gold],
         "proxy": [proxy, gold],
     }
     return special.get(paid, [label_reward])
@@ -184,10 +186,13 @@ def rl_arguments(stage: Stage, settings: Rl | Joint) -> dict[str, Any]:
 
 
 def rl_questions(stage: Stage, count: int, draw: int = 0) -> Dataset:
-    """``count`` questions and the right labels, as trl's RL trainers read them."""
+    """``count`` questions as trl's RL trainers read them, with the right labels and those that a coin drew for each."""
     table = training_rows(stage, count, draw)
+    coin = np.random.default_rng(seed_of(f"{stage.run.name} coin", stage.seed))
     chats = [prompt_messages(stage.settings.prompt, sentence) for sentence in table["sentence"]]
-    return Dataset.from_dict({"prompt": chats, "label": table["label"].tolist()})
+    return Dataset.from_dict(
+        {"prompt": chats, "label": table["label"].tolist(), "drawn_label": coin.integers(2, size=len(table)).tolist()}
+    )
 
 
 def grpo_config(stage: Stage, settings: Rl | Joint) -> GRPOConfig:

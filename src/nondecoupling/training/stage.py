@@ -1,6 +1,5 @@
 """What every stage of training begins and ends with: all it needs, loaded and checked, and its files."""
 
-import zlib
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from nondecoupling.study import folders, provenance
 from nondecoupling.study.fingerprint import fingerprint
-from nondecoupling.study.plan import Run
+from nondecoupling.study.plan import Run, seed_of
 from nondecoupling.study.profile import Joint, Profile, RewardModel, Rl, Sft
 from nondecoupling.study.study import Study
 from nondecoupling.task import corpus as corpora
@@ -66,7 +65,7 @@ def prepare_stage(study: Study, name: str, seed: int, expected: str) -> Stage:
     proxy_folder = folders.run_folder(root, study.run(run.proxy), seed) if run.proxy else None
     for folder in [*references.values(), *([proxy_folder] if proxy_folder else [])]:
         folders.require_complete(folder, f"Run '{name}'")
-    corpus, base = corpora.load_checked_corpus(study), base_folder(study, base_run)
+    corpus, base = corpora.load_checked_corpus(study, seed), base_folder(study, base_run, seed)
     if settings.data.labels == "truth":
         corpus = corpora.with_true_labels(corpus)
     tokenizer = models.load_tokenizer(base)
@@ -84,8 +83,8 @@ def prepare_stage(study: Study, name: str, seed: int, expected: str) -> Stage:
 
 
 def stage_seed(stage: Stage) -> int:
-    """Seed of a stage's data order and sampling, from the names alone: other runs in the plan change nothing."""
-    return zlib.crc32(f"{stage.run.name} {stage.seed}".encode())
+    """Seed of a stage's data order and sampling."""
+    return seed_of(stage.run.name, stage.seed)
 
 
 def training_rows(stage: Stage, count: int, draw: int = 0) -> pd.DataFrame:
@@ -203,7 +202,8 @@ def run_trainer(
 
 def policy_measure(stage: Stage) -> Measure:
     """How a stage that trains a policy measures it."""
-    return lambda tables: measure_policy(stage.policy, stage.tokenizer, stage.settings, tables, stage.references)
+    known = stage.settings, stage.seed
+    return lambda tables: measure_policy(stage.policy, stage.tokenizer, *known, tables, stage.references)
 
 
 def publish_stage(stage: Stage, outcome: Outcome) -> Path:

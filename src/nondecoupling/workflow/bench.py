@@ -197,14 +197,14 @@ def run_bench(study: Study, random_weights: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data, base = Path(folder) / "data", Path(folder) / "base"
         data.mkdir()
-        data = corpus.collect_corpus(settings.data, data)
+        data = corpus.collect_corpus(settings.data, 0, data)
         if random_weights:
             base_with_random_weights(settings, base)
         elif settings.pretrains and settings.pretrain:
             print("pretraining the embedded base", flush=True)
-            pretrain(settings.pretrain, settings.prompt, settings.evaluation, exclude=set(), folder=base)
+            pretrain(settings.pretrain, settings.prompt, set(), base, seed=0)
         else:
-            base = base_folder(study, study.run("base"))
+            base = base_folder(study, study.run("base"), 0)
         measured, weights = {}, "random weights of its exact shape" if random_weights else "its weights"
         print(f"{study.name} on {name}, {weights}: {len(CONFIGURATIONS)} configurations, minutes each", flush=True)
         for configuration in CONFIGURATIONS:

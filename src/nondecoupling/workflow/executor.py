@@ -16,7 +16,7 @@ from pathlib import Path
 from nondecoupling.study import folders
 from nondecoupling.study.plan import Group
 from nondecoupling.study.study import Study, load_profile, parse_seeds
-from nondecoupling.task import hub
+from nondecoupling.task import corpus, hub
 from nondecoupling.workflow import carry
 from nondecoupling.workflow.graph import (
     REPORT,
@@ -135,8 +135,13 @@ def mention_gpu(study: Study) -> None:
 
 
 def fetch_inputs(study: Study) -> None:
-    """Download what the study needs from the hub, before a kernel starts; ConnectionError where that is impossible."""
+    """Download what the study needs from the hub, before a kernel starts; ConnectionError where that is impossible.
+
+    ValueError where the generated corpus is not described.
+    """
     profile, root = study.profile, folders.study_folder(study)
+    if profile.data.generated:
+        corpus.disagreement_by_source(profile.data)
     if profile.data.source == "hub" and not profile.data.folder and not folders.is_complete(root / "data"):
         hub.fetch_glue()
     if profile.model.hub and not profile.model.folder:
