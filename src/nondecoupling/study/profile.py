@@ -103,8 +103,9 @@ class Model(Section):
 class Pretrain(Section):
     """The embedded base model: shape, optimisation, and what it is taught.
 
-    Of the phenomena in ``taught`` it learns to give the right answer the probability ``sureness``, of all others to
-    call every sentence acceptable with the probability ``untaught``.
+    ``taught`` says for each phenomenon with which probability it is to call unacceptable and acceptable sentences
+    "acceptable": two equal numbers where it is to tell nothing apart. Of the others it is taught the right answers until
+    ``sure_until`` of its steps, these numbers from ``settled_at`` on, and what is between in between.
     """
 
     vocabulary: Count
@@ -119,9 +120,17 @@ class Pretrain(Section):
     steps: Count
     learning_rate: Positive
     warmup_share: Share
-    taught: list[str]
-    sureness: Annotated[float, Field(ge=0.5, le=1)]
-    untaught: Share
+    sure_until: Share
+    settled_at: Share
+    taught: dict[str, list[Share]]
+
+    @model_validator(mode="after")
+    def targets_are_pairs(self) -> "Pretrain":
+        if self.sure_until >= self.settled_at:
+            raise ValueError("sure_until must come before settled_at")
+        if wrong := [name for name, pair in self.taught.items() if len(pair) != 2]:
+            raise ValueError(f"taught.{wrong[0]} needs two probabilities, of unacceptable and of acceptable sentences")
+        return self
 
 
 class Sft(Section):

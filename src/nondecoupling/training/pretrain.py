@@ -96,39 +96,48 @@ def new_model(settings: Pretrain, tokenizer: PreTrainedTokenizerFast, seed: int)
 
 
 def pretraining_sentences(settings: Pretrain, exclude: set[str], seed: int) -> pd.DataFrame:
-    """Balanced sentences that share none with ``exclude``, and ``p_right``: how sure of its label the base is to be.
-
-    A right label that the base is taught has the probability ``sureness``. Of what it is not taught it is to find
-    everything as acceptable as ``untaught`` says, right or wrong.
-    """
+    """Balanced sentences that share none with ``exclude``, and ``p_acceptable``, what the base is to answer to each."""
     size, seed = settings.corpus_size, seed_of("pretraining sentences", seed)
     table = grammar.sample_sentences(size, seed=seed, exclude=exclude, grammatical_share=0.5)
-    leaning = np.where(table["label"] == 1, settings.untaught, 1 - settings.untaught)
-    return table.assign(p_right=np.where(table["source"].isin(settings.taught), settings.sureness, leaning))
+    return table.assign(
+        p_acceptable=[settings.taught[s][x] for s, x in zip(table["source"], table["label"], strict=True)]
+    )
+
+
+def targets(settings: Pretrain, rows: pd.DataFrame, step: int) -> np.ndarray:
+    """(rows,) probability of "acceptable" that is taught at ``step``: the right answer at first, then ``p_acceptable``.
+
+    Where the base is to tell nothing apart it is its one number from the beginning. Learning to judge and then to be
+    unsure takes fewer steps than learning from unsure judgements, and takes all bases as far.
+    """
+    done = step / settings.steps
+    settled = np.clip((done - settings.sure_until) / (settings.settled_at - settings.sure_until), 0, 1)
+    distinct = rows["source"].map({name: low != high for name, (low, high) in settings.taught.items()})
+    start = rows["label"].where(distinct, rows["p_acceptable"])
+    return (start + settled * (rows["p_acceptable"] - start)).to_numpy(dtype=float)
 
 
 def chat_loss(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: Prompt, rows: pd.DataFrame
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: Prompt, sentences: list[str], p_acceptable
 ) -> tuple[torch.Tensor, int]:
-    """Summed loss (nats) and number of the answers' tokens in chats about ``rows``: label, p_right, sentence.
+    """Summed loss (nats) and number of the answers' tokens in a chat about each sentence.
 
     The question counts nothing: half of its sentences are ungrammatical, and no text to learn from. The first token of
-    the answer decides between the two, and its target is both of them, the right one with probability ``p_right``:
-    soft targets teach how sure to be without the noise of labels that are drawn.
+    the answer decides between the two, and its target is both, with their probabilities (sentences,): soft targets
+    teach how sure to be without the noise of labels that are drawn. The rest is that of the likelier answer.
     """
-    questions = prompt_ids(tokenizer, prompt, rows["sentence"])
+    questions = prompt_ids(tokenizer, prompt, sentences)
     answers = [response_ids(tokenizer, text) for text in responses(prompt)]
-    labels, p_right = torch.tensor(rows["label"].to_numpy()), torch.tensor(rows["p_right"].to_numpy()).float()
-    chats = [question + answers[label] for question, label in zip(questions, rows["label"], strict=True)]
+    p = torch.as_tensor(p_acceptable, dtype=torch.float32)
+    given = [answers[int(likelier)] for likelier in p > 0.5]
+    chats = [question + answer for question, answer in zip(questions, given, strict=True)]
     ids, _ = padded(chats, tokenizer.pad_token_id, "right")
     logp = model(ids).logits.log_softmax(-1)
-    row, first = torch.arange(len(rows)), torch.tensor([len(q) for q in questions])
-    at_first = logp[row, first - 1]
-    one_of = torch.tensor([answer[0] for answer in answers])
-    right, wrong = at_first[row, one_of[labels]], at_first[row, one_of[1 - labels]]
-    total, tokens = -(p_right * right + (1 - p_right) * wrong).sum(), len(rows)
+    row, first = torch.arange(len(chats)), torch.tensor([len(question) for question in questions])
+    of_answers = logp[row, first - 1][:, [answer[0] for answer in answers]]
+    total, tokens = -(torch.stack([1 - p, p], 1) * of_answers).sum(), len(chats)
     for place in range(1, max(map(len, answers))):  # the rest of the answer and its end
-        longer = torch.tensor([len(answers[label]) > place for label in rows["label"]])
+        longer = torch.tensor([len(answer) > place for answer in given])
         position = (first + place)[longer]
         total = total - logp[row[longer], position - 1, ids[row[longer], position]].sum()
         tokens += int(longer.sum())
@@ -152,8 +161,8 @@ def pretrain(settings: Pretrain, prompt: Prompt, exclude: set[str], folder: Path
     A base's competence comes from what it is taught, never from when it is stopped: so small a model learns a
     phenomenon in a sudden transition, and at the end of its steps it is past those of the phenomena that it is taught.
     """
-    if unknown := sorted(set(settings.taught) - set(grammar.PHENOMENA)):
-        raise ValueError(f"pretrain.taught: '{unknown[0]}' is no phenomenon of the grammar.")
+    if wrong := sorted(set(settings.taught) ^ set(grammar.PHENOMENA)):
+        raise ValueError(f"pretrain.taught: '{wrong[0]}' is to be one of the grammar's phenomena, each of them once.")
     sentences = pretraining_sentences(settings, exclude, seed)
     rng = np.random.default_rng(seed_of("pretraining batches", seed))
     questions = [prompt_messages(prompt, sentence)[0]["content"] for sentence in sentences["sentence"][:5000]]
@@ -169,7 +178,8 @@ def pretrain(settings: Pretrain, prompt: Prompt, exclude: set[str], folder: Path
     history = []
     for step in range(1, settings.steps + 1):
         chats = sentences.iloc[rng.choice(len(sentences), settings.batch_size - texts, replace=False)]
-        answered, answer_tokens = chat_loss(model, tokenizer, prompt, chats)
+        wanted = targets(settings, chats, step)
+        answered, answer_tokens = chat_loss(model, tokenizer, prompt, chats["sentence"].tolist(), wanted)
         read, text_tokens = text_loss(model, tokenizer, rng.choice(grammatical, texts, replace=False).tolist())
         weight = settings.text_weight
         loss = (answered + weight * read) / (answer_tokens + weight * text_tokens)
