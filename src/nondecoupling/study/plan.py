@@ -115,7 +115,7 @@ def controls(profile: Profile) -> list[Run]:
     add("sft-again", "sft", "sft")  # a second whole stage of SFT, and the same with RL between the two
     add("sft-rl-sft", "sft", "sft-rl")
     add("rl-rl", "rl", "rl")
-    add("sft-rl-random", "rl", "sft", {"rl.reward": "random", "rl.beta": rl.beta / 10})
+    add("sft-rl-random", "rl", "sft", {"rl.reward": "random", "rl.beta": rl.beta * 0.3})
     add("sft-rl-short", "rl", "sft", {"rl.steps": max(1, round(rl.steps / 4))})
     short = {"sft.steps": max(1, round(sft.steps / 10)), "sft.learning_rate": sft.learning_rate / 4}
     add("rl-sft-short", "sft", "rl", short)

@@ -104,8 +104,8 @@ class Pretrain(Section):
     """The embedded base model: shape, optimisation, and what it is taught.
 
     ``taught`` says for each phenomenon with which probability it is to call unacceptable and acceptable sentences
-    "acceptable": two equal numbers where it is to tell nothing apart. Of the others it is taught the right answers until
-    ``sure_until`` of its steps, these numbers from ``settled_at`` on, and what is between in between.
+    "acceptable": two equal numbers where it is to tell nothing apart. Of the others it is taught the right answers
+    until ``sure_until`` of its steps, these numbers from ``settled_at`` on, and in between what is between.
     """
 
     vocabulary: Count
