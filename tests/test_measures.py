@@ -159,3 +159,22 @@ def test_a_rival_and_its_temperature_are_chosen_on_other_sentences():
     sampled, greedy = measures.advantage(own, rivals)
     assert greedy == 2  # in-sample it would be 0
     assert sampled > 1
+
+
+def test_temperatures_for_equal_loss_come_from_the_other_half():
+    """On even sentences the policy is three times surer than its calibrated rival, on odd ones it is that rival.
+
+    So the rival is sharpened by three for odd sentences, on which the policy is not, and not at all for even ones.
+    """
+    sure = np.where(np.arange(4000) % 2 == 0, 3.0, 1.0)
+    sampled, _ = measures.advantage(answers(CALIBRATED * sure), [answers(CALIBRATED)])
+
+    def reward(log_odds, part):
+        return theory.reward_on_labels(log_odds[part], LABELS[part])
+
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    gains = (
+        reward(CALIBRATED, odd) - reward(3 * CALIBRATED, odd),
+        reward(3 * CALIBRATED, even) - reward(CALIBRATED, even),
+    )
+    assert sampled == pytest.approx(np.mean(gains), abs=0.01)

@@ -75,7 +75,15 @@ CONTROLS = [
         0,
         margin=LOSS_MARGIN,
     ),
-    Claim("K12g", "and at its greedy reward", GREEDY, "sft-rl-sft", "sft-again", 0, margin=REWARD_MARGIN),
+    Claim(
+        "K12g",
+        "SFT after RL after SFT has the greedy reward of SFT after SFT",
+        GREEDY,
+        "sft-rl-sft",
+        "sft-again",
+        0,
+        margin=REWARD_MARGIN,
+    ),
 ]
 OBJECTIONS = {
     "K1": "Is the rise of the loss just drift, which any further training brings?",
