@@ -1,7 +1,5 @@
 """Controls and joint training: verdicts on policies made by hand."""
 
-import dataclasses
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,25 +8,15 @@ from scipy.special import expit, logit
 
 from nondecoupling.analysis import controls, measures
 from nondecoupling.study.contracts import ClaimRow
-from nondecoupling.study.plan import SEQUENTIAL, Run
+from nondecoupling.study.plan import SEQUENTIAL
 from nondecoupling.study.study import load_study
 from tables import is_a, metrics_of, odds_of, policy, results_of
 
+STUDY = load_study("nano")
 LABELS = np.array([1, 1, 0, 1, 0, 1, 1, 0] * 5)
 A1 = {"id": "A1", "predicted": 0.2, "predicted_from_policies": 0.21}
 P = {"sft": 0.8, "rl": 0.9, "sft-rl": 0.95, "rl-sft": 0.8, "sft-wordings": 0.8, "sft-clean": 0.9, "sft-rl-random": 0.6}
 P |= {"joint-m0.2": 0.85, "joint-m0.5": 0.9, "joint-m0.8": 0.85, "interleaved": 0.85}
-
-
-def with_controls(study):
-    """A study whose plan has every run that a control speaks of, but for what its data cannot have."""
-    planned = {run.name for run in study.runs}
-    named = {run for claim in controls.CONTROLS for run in (claim.after, claim.before) if run} - planned
-    more = [Run(name, "sft", "sft", group="controls") for name in sorted(named) if not name.endswith("clean")]
-    return dataclasses.replace(study, runs=(*study.runs, *more))
-
-
-STUDY = with_controls(load_study("nano"))
 
 
 def results(study=STUDY, changes=None, p=P, judge_accuracy=0.85):
@@ -121,7 +109,7 @@ def test_a_failed_reward_model_is_named_and_judged_all_the_same(accuracy, note):
 
 
 def test_controls_that_a_study_cannot_have_are_left_out(tmp_path):
-    study = with_controls(load_study("nano", data=str(tmp_path)))
+    study = load_study("nano", data=str(tmp_path))
     assert set(controls.OBJECTIONS) - {claim.id for claim in controls.controls_of(study)} == {"K6"}
     rows = judged(results(study))
     assert set(controls.OBJECTIONS) - set(rows) == {"K6"}
@@ -131,7 +119,7 @@ def test_controls_that_a_study_cannot_have_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("profile", ["nano", "laptop"])
 def test_controls_that_were_not_run_have_the_rows_of_those_that_were_and_no_number(profile):
-    study = with_controls(load_study(profile))
+    study = load_study(profile)
     rows = controls.controls_not_run(study)
     assert is_a(list[ClaimRow], rows)
     families = {letter: {row["id"] for row in rows if row["id"][0] == letter} for letter in "KJ"}
