@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from nondecoupling.analysis.collapse import is_collapsed, warnings_about
+from nondecoupling.analysis.collapse import is_collapsed, is_failed_judge, warnings_about
 
 SOUND = {
     "n": 1000,
@@ -54,3 +54,10 @@ def test_a_policy_may_have_both_faults():
 def test_collapse_is_one_answer_without_correlation(rate, mcc, collapsed):
     table = pd.DataFrame({"n": [1000], "predicted_acceptable_rate": [rate], "mcc": [mcc]})
     assert is_collapsed(table).tolist() == [collapsed]
+
+
+@pytest.mark.parametrize(("accuracy", "failed"), [(0.4, True), (0.685, True), (0.714, True), (0.715, False)])
+def test_a_judge_no_better_than_the_majority_label_has_failed(accuracy, failed):
+    # majority label: 0.685 of 1,000 pairs, and two standard errors are 2 sqrt(0.685 * 0.315 / 1000) = 0.0294
+    table = pd.DataFrame({"n": [1000], "majority_reward": [0.37], "accuracy": [accuracy]})
+    assert is_failed_judge(table).tolist() == [failed]

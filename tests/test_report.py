@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from typing import get_args
 
 import pytest
 from markupsafe import escape
@@ -10,6 +11,7 @@ from matplotlib import pyplot as plt
 from nondecoupling.analysis import claims, controls, figures, tables
 from nondecoupling.pages import report
 from nondecoupling.study import folders
+from nondecoupling.study.contracts import Verdict
 from nondecoupling.study.plan import STATES
 from nondecoupling.study.results import read_results
 from nondecoupling.study.study import load_study
@@ -94,14 +96,38 @@ def test_controls_and_joint_runs_are_shown_where_there_are_any(finished):
         page = page_of(results)
         assert not {"Controls</h2>", "Both goals at once</h2>"} & set(re.findall(r"[\w ]+</h2>", page))
         assert "not run" not in page
-    more = [rows[0] | {"id": "K1", "statement": "more SFT"}, rows[0] | {"id": "J1", "statement": "both in one update"}]
+    more = [
+        rows[0] | {"id": "K1", "statement": "more SFT", "verdict": "confirmed"},
+        rows[0] | {"id": "K1e", "statement": "nothing changes", "margin": 0.02, "verdict": "refuted"},
+        rows[0] | {"id": "J1", "statement": "both in one update", "verdict": "inconclusive"},
+    ]
     folders.write_json(results.folder / "claims.json", rows + more)
     (results.folder / "figures" / "joint.svg").write_text(IMAGE)
     page = page_of(results)
     assert "K1: more SFT" in section(page, "controls")
     assert controls.OBJECTIONS["K1"] in page
+    assert "K1e: nothing changes (±0.02)" in section(page, "controls")
+    for mark, verdict in (("✓", "confirmed"), ("✗", "refuted")):
+        assert f'<span class="verdict {verdict}">{mark} {verdict}</span>' in section(page, "controls")
     assert "J1: both in one update" in section(page, "joint")
     assert "<img" in section(page, "joint")
+
+
+def test_theorems_are_shown_apart_from_what_an_interval_decides(finished):
+    theorems, amounts = (
+        part.partition("</table>")[0]
+        for part in section(page_of(finished("nano")), "predicted")
+        .partition('<table class="claims">')[2]
+        .split('<table class="claims">')
+    )
+    assert re.findall(r'<tr id="([^"]+)">', theorems) == ["T1", "T5"]
+    assert {"T2", "T6", "T7"} <= set(re.findall(r'<tr id="([^"]+)">', amounts))
+
+
+def test_verdicts_have_colours():
+    style = (folders.REPOSITORY / "src/nondecoupling/pages/templates/report.css").read_text(encoding="utf-8")
+    words = [verdict.replace(" ", "-") for verdict in get_args(Verdict) if verdict != "not run"]
+    assert all(re.search(rf"\.{word}[ ,]", style) for word in words)
 
 
 def test_a_sweep_that_was_not_run_has_no_table_and_no_number(finished):

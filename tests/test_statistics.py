@@ -13,6 +13,7 @@ from nondecoupling.analysis.statistics import (
     Interval,
     Significance,
     bootstrap_interval,
+    equivalence_test,
     holm,
     interval_text,
     mcc_interval,
@@ -80,6 +81,39 @@ def test_equal_differences_fall_back_to_the_sign_test():
     assert paired_test([0.5] * 6) == Significance("exact sign", 6, pytest.approx(2 / 64))
     assert paired_test([0, 0, 0]) == Significance("exact sign", 0, 1)
     assert paired_test([1e-16, 0, -1e-16]) == Significance("exact sign", 0, 1)
+
+
+def test_equivalence_by_hand():
+    # mean 0.01, deviation 0.01 sqrt(2.5), five seeds: the mean is 0.02 / (0.01 sqrt(0.5)) from the nearer bound, 0.03
+    result = equivalence_test([-0.01, 0.0, 0.01, 0.02, 0.03], 0.03)
+    t = 2 * math.sqrt(2)
+    assert result == ("TOST", pytest.approx(-t), pytest.approx(stats.t.sf(t, 4)))
+    mirrored = equivalence_test([0.01, 0.0, -0.01, -0.02, -0.03], 0.03)
+    assert mirrored == ("TOST", pytest.approx(t), pytest.approx(stats.t.sf(t, 4)))
+
+
+@pytest.mark.parametrize("margin", [0.005, 0.02, 0.05, 0.3, 0.5])
+def test_equivalence_is_the_larger_of_scipys_one_sided_tests(margin):
+    differences = np.array(SEEDS) - 0.32
+    above = stats.ttest_1samp(differences, -margin, alternative="greater")
+    below = stats.ttest_1samp(differences, margin, alternative="less")
+    result = equivalence_test(differences, margin)
+    assert result.p_value == pytest.approx(max(above.pvalue, below.pvalue))
+    interval = mean_interval(differences, 0.9)
+    assert (result.p_value < 0.05) == (-margin < interval.low and interval.high < margin)
+
+
+def test_one_minus_p_is_the_test_that_the_difference_lies_beyond_the_margin():
+    beyond = stats.ttest_1samp(SEEDS, 0.2, alternative="greater")
+    assert 1 - equivalence_test(SEEDS, 0.2).p_value == pytest.approx(beyond.pvalue)
+
+
+def test_equivalence_of_one_seed_and_of_equal_seeds():
+    assert equivalence_test([0.0], 0.1) == pytest.approx(("TOST", math.nan, math.nan), nan_ok=True)
+    assert equivalence_test([0.0] * 5, 0.1)[::2] == ("exact sign", 1 / 32)  # five coins on the same side
+    assert equivalence_test([0.2] * 5, 0.1)[::2] == ("exact sign", 1 - 1 / 32)
+    with pytest.raises(ValueError, match="margin"):
+        equivalence_test(SEEDS, 0.0)
 
 
 # Over sentences

@@ -2,20 +2,30 @@
 
 import math
 
+import pandas as pd
 import pytest
 
 from nondecoupling.analysis import claims, tables
 from nondecoupling.analysis.controls import controls_not_run
+from nondecoupling.analysis.statistics import Interval
 from nondecoupling.study import folders
 from nondecoupling.study.study import load_study
-from tables import MEASURED, metrics_of, results_of
+from tables import MEASURED, SEEDS, metrics_of, results_of
 
 
 @pytest.fixture
 def rows():
     """The paper's claims and O1, of three seeds, with a prediction for A1 alone."""
-    own = {claim.id: 0.1 for claim in claims.CLAIMS}
-    return claims.corrected_family(claims.judged_rows(metrics_of(MEASURED), claims.CLAIMS, {"A1": 0.2}, own))
+    return claims.corrected_family(judged_rows(metrics_of(MEASURED)))
+
+
+def judged_rows(metrics, seeds=SEEDS):
+    """The rows of the claims that are differences of metrics, with own belief's prediction, and a learner's of A1."""
+    found, rows = results_of(load_study("nano"), metrics=metrics, seeds=seeds), []
+    for claim in claims.CLAIMS[:6]:
+        predicted = {"predicted": 0.2 if claim.id == "A1" else None, "predicted_from_policies": 0.1}
+        rows.append(claims.judged(claim, claims.change_of(found, claim), **predicted))
+    return rows
 
 
 def test_claims_are_shown_with_signed_numbers_and_their_interval(rows):
@@ -28,10 +38,10 @@ def test_claims_are_shown_with_signed_numbers_and_their_interval(rows):
 
 
 def test_one_seed_has_an_estimate_and_no_interval():
-    one = claims.judged_rows(metrics_of({run: {} for run in MEASURED}, [4]), claims.CLAIMS, {}, {})
+    one = judged_rows(metrics_of({run: {} for run in MEASURED}, [4]), [4])
     table = tables.claims_table(claims.corrected_family(one))
     assert table["measured [95 %]"].tolist() == ["+0.000"] * len(one)
-    assert not {"p, Holm", "perfect learner", "own belief"} & set(table)  # nothing to say in any row
+    assert "p, Holm" not in set(table)  # nothing to say in any row
 
 
 def test_what_was_not_run_is_shown_with_no_number(rows):
@@ -44,6 +54,52 @@ def test_what_was_not_run_is_shown_with_no_number(rows):
 
 def test_rows_are_chosen_by_the_letter_of_their_id(rows):
     assert [row["id"] for row in tables.rows_of(rows, "AO")] == ["A1", "A2", "O1"]
+
+
+def test_a_margin_is_shown_with_the_statement():
+    row = claims.judged(claims.GREEDY_UNCHANGED, pd.Series([0.001, 0.002, 0.0]))
+    table = tables.claims_table([row])
+    assert table["claim"].item() == f"T7: {row['statement']} (±{claims.REWARD_MARGIN:g})"
+
+
+def test_theorems_are_told_from_what_an_interval_decides(rows):
+    exact = claims.exact_row("T1", "holds", "violation", Interval(0.0, math.nan, math.nan, 3), holds=True)
+    amount = claims.statement_row("T2", "moves", "change", Interval(0.2, 0.1, 0.3, 3), "reproduced")
+    assert tables.theorems_and_tests([*rows, exact, amount]) == ([exact], [amount])
+
+
+def test_one_axis_holds_losses_and_rewards_and_no_share(rows):
+    others = [
+        rows[0] | {"quantity": words} for words in ("share of the rise", "auroc: sft-rl - sft", "rise / KL: a - b")
+    ]
+    assert tables.changes([*others, *rows]) == rows
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ([0.1, 0.11, 0.12], "O1: more: confirmed (+0.110 [+0.085, +0.135], 3 seeds; but see)."),
+        ([-0.1, -0.11, -0.12], "O1: more: refuted (-0.110 [-0.135, -0.085], 3 seeds; but see)."),
+        ([-0.1, 0.1, 0.0], "O1: more: these seeds do not decide it (+0.000 [-0.248, +0.248], 3 seeds; but see)."),
+        ([0.1], "O1: more: these seeds do not decide it (+0.100, 1 seed; but see)."),
+    ],
+)
+def test_an_outcome_in_words_follows_from_the_verdict(values, sentence):
+    claim = claims.Claim("O1", "(ours) more", "reward", "b", "a", +1)
+    row = claims.judged(claim, pd.Series(values), ["but see"])
+    assert tables.outcome_sentence(row) == sentence
+
+
+def test_outcomes_of_margins_of_the_paper_and_of_what_was_not_run(rows):
+    equal = claims.judged(claims.GREEDY_UNCHANGED, pd.Series([0.001, 0.002, 0.0]))
+    missing = claims.not_run(claims.CLAIMS[0], "make reproduce")
+    text = tables.outcomes([equal, rows[0], missing]).splitlines()
+    assert text == [
+        "* T7: RL after SFT teaches nothing that greedy decoding shows (±0.02): confirmed "
+        "(+0.001 [-0.001, +0.003], 3 seeds).",
+        "* A1: RL after SFT raises the SFT loss: reproduced (+0.150 [+0.100, +0.200], 3 seeds).",
+        "* A1: RL after SFT raises the SFT loss: not run (make reproduce).",
+    ]
 
 
 def test_states_are_means_over_seeds_and_count_collapses():
@@ -99,6 +155,6 @@ def test_readme_parts_are_those_of_what_was_run(rows, tmp_path):
     )
     assert list(everything) == ["nano", "nano, controls"]
     assert "| β | steps |" in everything["nano"]
-    for words in ("| K1: ", "| J2-interleaved: ", "| rl-weak | 0.400 |"):
+    for words in ("| K1: ", "| J2-interleaved: ", "| rl-rl | 0.400 |"):
         assert words in everything["nano, controls"]
     assert "reward-model" not in everything["nano, controls"]  # it is no policy

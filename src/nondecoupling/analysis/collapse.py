@@ -18,6 +18,16 @@ def is_collapsed(metrics: pd.DataFrame) -> pd.Series:
     return (rate.clip(lower=1 - rate) >= COLLAPSED_SHARE) & (metrics["mcc"].abs() < 2 / np.sqrt(metrics["n"]))
 
 
+def is_failed_judge(metrics: pd.DataFrame) -> pd.Series:
+    """For each row of a reward model's metrics, whether it judges no better than always preferring the majority label.
+
+    That is: it prefers the right answer in no larger a share of the pairs than the majority label's, (1 + majority
+    reward) / 2, plus two standard errors of that share.
+    """
+    share = (1 + metrics["majority_reward"]) / 2
+    return metrics["accuracy"] <= share + 2 * np.sqrt(share * (1 - share) / metrics["n"])
+
+
 def warnings_about(metrics: dict[str, float]) -> list[str]:
     """Sentences about one policy's metrics on one set of sentences; one that says so if nothing is remarkable."""
     found = []

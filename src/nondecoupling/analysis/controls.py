@@ -1,63 +1,111 @@
-"""Controls and joint training: what each answers, and the rules of its verdict, written before reported seeds were run.
+"""Controls and joint training: what each answers, and the rules of its verdict, written before any run of this plan.
 
-Verdicts follow the rule of `claims`, with Holm's correction over all controls, and over all joint runs. All statements
+Verdicts follow the rules of `claims`, with Holm's correction over all controls, and over all joint runs. All statements
 here are ours; the paper runs no control, and concludes that the two stages should be one joint optimisation without
-running it. To add a control, add its claim here and its run to `study.plan`.
+running it. To add a control, add its claim and its objection here and its run to `study.plan`.
 """
 
 import math
+from functools import partial
 
-import numpy as np
 import pandas as pd
 
-from nondecoupling.analysis import predictions, theory
-from nondecoupling.analysis.claims import Claim, claim_row, corrected_family, judged_rows, not_run, verdict_of
-from nondecoupling.analysis.collapse import is_collapsed
+from nondecoupling.analysis import predictions
+from nondecoupling.analysis.claims import (
+    LOSS_MARGIN,
+    REWARD_MARGIN,
+    Claim,
+    by_seed,
+    change_of,
+    collapse_note,
+    collapses,
+    corrected_family,
+    judged,
+    not_run,
+)
+from nondecoupling.analysis.collapse import is_failed_judge
+from nondecoupling.analysis.measures import advantage, kl_between, loss_per_nat, temperature_curve
 from nondecoupling.analysis.predictions import label_log_odds
-from nondecoupling.analysis.statistics import Interval, interval_text, mean_interval, paired_test
-from nondecoupling.study.contracts import ClaimRow, Verdict
+from nondecoupling.analysis.statistics import interval_text
+from nondecoupling.study.contracts import ClaimRow
 from nondecoupling.study.plan import SEQUENTIAL
 from nondecoupling.study.results import Results
 from nondecoupling.study.study import Study
 
-LOSS, REWARD = "sft_loss", "reward_exact"
+LOSS, REWARD, GREEDY = "sft_loss", "reward_exact", "reward_greedy"
+# Nats of loss for a nat of KL. It is 1 for both policies of K3 where SFT is calibrated; a quarter of that is what the
+# theory's amounts are allowed, too. Loss and reward have the margins of `claims`.
+SLOPE_MARGIN = 0.25
 
 CONTROLS = [
     Claim("K1", "RL raises the SFT loss more than as many further SFT steps", LOSS, "sft-rl", "sft-sft", +1),
+    Claim("K1e", "As many further SFT steps leave the SFT loss alone", LOSS, "sft-sft", "sft", 0, margin=LOSS_MARGIN),
     Claim("K2", "SFT after RL lowers the reward below that of more RL", REWARD, "rl-sft", "rl-rl", -1),
-    Claim("K3", "RL raises the SFT loss more than RL paid by a coin", LOSS, "sft-rl", "sft-rl-random", +1),
+    # No difference is claimed, and not a sign: theory says that whatever moves a calibrated policy raises its loss by
+    # the KL that it has moved. Only what RL learns about the labels, or SFT's miscalibration, can make a difference.
+    Claim(
+        "K3",
+        "Per nat of KL(p_SFT || p), RL raises the SFT loss as much as RL paid for random labels",
+        "rise of loss / KL",
+        "sft-rl",
+        "sft-rl-random",
+        0,
+        margin=SLOPE_MARGIN,
+    ),
+    Claim("K3r", "Only the true reward raises the reward", REWARD, "sft-rl", "sft-rl-random", +1),
     Claim("K4", "RL for another wording raises the loss", LOSS, "sft-rl-format", "sft-wordings", +1),
-    Claim("K5", "A tenth of the SFT lowers the reward already", REWARD, "rl-sft-short", "rl", -1),
+    Claim("K5", "A tenth of the SFT, on its own schedule, lowers the reward already", REWARD, "rl-sft-short", "rl", -1),
     Claim("K6", "Without disagreement RL lowers the SFT loss", LOSS, "sft-rl-clean", "sft-clean", -1),
-    Claim("K8", "SFT after collapsed RL raises the reward", REWARD, "rl-weak-sft", "rl-weak", +1),
     Claim("K9", "RL paid by the proxy earns less true reward", REWARD, "sft-rl-proxy", "sft-rl", -1),
     Claim("K10", "RLOO raises the SFT loss, too", LOSS, "sft-rl-rloo", "sft", +1),
+    Claim(
+        "K11",
+        "A quarter of RL, on its own schedule, has more of the reward's gain than of the loss's rise",
+        "share of reward - share of loss",
+        "sft-rl-short",
+        "",
+        +1,
+    ),
+    Claim(
+        "K12",
+        "SFT after RL after SFT ends at the loss of SFT after SFT",
+        LOSS,
+        "sft-rl-sft",
+        "sft-again",
+        0,
+        margin=LOSS_MARGIN,
+    ),
+    Claim(
+        "K12g",
+        "SFT after RL after SFT has the greedy reward of SFT after SFT",
+        GREEDY,
+        "sft-rl-sft",
+        "sft-again",
+        0,
+        margin=REWARD_MARGIN,
+    ),
 ]
-# These two are not differences of one metric between two policies.
-COLLAPSE = Claim("K7", "RL from a base that knows little collapses to one answer", "collapsed", "rl-weak", "", +1)
-STOPPING = Claim("K11", "A quarter of RL has more of its reward than of its loss", "share", "sft-rl", "sft", +1)
 OBJECTIONS = {
     "K1": "Is the rise of the loss just drift, which any further training brings?",
+    "K1e": "Does further training of the same kind raise the loss at all?",
     "K2": "Is the fall of the reward just what more training of any kind does?",
-    "K3": "Is it the reward that raises the loss, or the noise of RL's updates?",
+    "K3": "Is it the true reward that costs SFT loss, or the distance that RL goes?",
+    "K3r": "Does a policy that goes as far, for no true reward, earn as much?",
     "K4": "Does the sign rule hold where RL pays for what the demonstrations do not show?",
     "K5": "Does the fall of the reward need a whole stage of SFT?",
-    "K6": "Is the rise a law, or does it come from disagreement, as the theory says?",
-    "K7": "Is a reward like the paper's 0.385 a skill?",
-    "K8": "Does SFT always lower the reward, or only where RL had learnt something?",
+    "K6": "Is the rise a law? The paper's theorem knows no rise where all demonstrations earn the top reward.",
     "K9": "Does a learnt reward change the picture, and is it over-optimised?",
     "K10": "Is it GRPO, or any policy gradient?",
     "K11": "Must one pay the whole rise of the loss to get the reward?",
+    "K12": "Does RL leave a mark that a second SFT does not remove, in the loss?",
+    "K12g": "And in the skill that greedy answers show?",
 }
-TEMPERATURES = np.geomspace(0.2, 5, 200)
-EARLY = 0.25  # of RL's steps
 
 
 def controls_of(study: Study) -> list[Claim]:
     """The controls that the plan of ``study`` has, in order."""
     planned = {"", *(run.name for run in study.runs)}
-    possible = [claim for claim in [*CONTROLS, COLLAPSE, STOPPING] if {claim.before, claim.after} <= planned]
-    return sorted(possible, key=lambda claim: int(claim.id[1:]))
+    return [claim for claim in CONTROLS if {claim.before, claim.after} <= planned]
 
 
 def joint_runs(study: Study) -> list[str]:
@@ -65,142 +113,140 @@ def joint_runs(study: Study) -> list[str]:
     return [run.name for run in study.runs if run.stage == "joint"]
 
 
-def joint_claims(study: Study, rival: str) -> list[Claim]:
-    """J1 and J2 of each joint run; ``rival`` is the better of the sequential policies with greedy answers."""
-    claims = []
+def joint_claims(study: Study) -> list[Claim]:
+    """J1, J1e and J2 of each joint run: it earns more at equal SFT loss, no more and no less, more when greedy."""
+    claims, equal, greedy = [], "reward at equal SFT loss", "reward of greedy answers"
     for run in joint_runs(study):
-        words = f"'{run}' earns more than sequential training at its SFT loss"
-        claims.append(Claim(f"J1-{run}", words, "reward", run, "best sequential policy at any temperature", +1))
-        claims.append(Claim(f"J2-{run}", f"'{run}' earns more with greedy answers", "reward_greedy", run, rival, +1))
+        words = f"'{run}' earns {{}} sequential training at equal SFT loss"
+        quantities = [f"{what}: {run} - better of {', '.join(SEQUENTIAL)}" for what in (equal, greedy)]
+        claims += [
+            Claim(f"J1-{run}", words.format("more than"), quantities[0], run, "", +1),
+            Claim(f"J1e-{run}", words.format("as much as"), quantities[0], run, "", 0, margin=REWARD_MARGIN),
+            Claim(f"J2-{run}", f"'{run}' earns more with greedy answers", quantities[1], run, "", +1),
+        ]
     return claims
 
 
 def controls_not_run(study: Study) -> list[ClaimRow]:
     """The rows of controls and joint training of a study that has run none."""
-    return [not_run(claim, "make controls") for claim in [*controls_of(study), *joint_claims(study, "sequential")]]
+    return [not_run(claim, "make controls") for claim in [*controls_of(study), *joint_claims(study)]]
+
+
+def values_of_controls(results: Results) -> dict[str, pd.Series]:
+    """The quantity of each control that the plan has, by seed.
+
+    K11's is the share of RL's gain of reward minus the share of its rise of loss that a quarter of RL has.
+    """
+    special = {"K3": partial(slope_difference, results), "K11": partial(shares_ahead, results)}
+    planned = controls_of(results.study)
+    return {claim.id: special.get(claim.id, partial(change_of, results, claim))() for claim in planned}
+
+
+def slope_difference(results: Results) -> pd.Series:
+    """K3's quantity: `measures.loss_per_nat` of RL minus that of RL paid for random labels."""
+    paid, random = (by_seed(results, loss_per_nat, "sft", run) for run in ("sft-rl", "sft-rl-random"))
+    return paid - random
+
+
+def early_shares(results: Results) -> pd.DataFrame:
+    """By seed, the shares of RL's gain of ``reward`` and of its rise of ``loss`` that a quarter of RL has.
+
+    nan in a seed in which RL has not raised it.
+    """
+    ends = {run: results.final(run).set_index("seed")[[REWARD, LOSS]] for run in ("sft", "sft-rl-short", "sft-rl")}
+    whole = ends["sft-rl"] - ends["sft"]
+    shares = (ends["sft-rl-short"] - ends["sft"]) / whole.where(whole > 0)
+    return shares.rename(columns={REWARD: "reward", LOSS: "loss"})
+
+
+def shares_ahead(results: Results) -> pd.Series:
+    """K11's quantity."""
+    shares = early_shares(results)
+    return shares["reward"] - shares["loss"]
 
 
 def judge_controls(results: Results, claims: list[ClaimRow]) -> list[ClaimRow]:
-    """One row per control that the plan has; ``claims`` are the judged claims of the same study.
-
-    K7 is *reproduced* if the policy has collapsed in every seed, *not reproduced* if in none, else *inconclusive*.
-    K11's quantity is, per seed, the share of RL's gain of reward minus the share of its rise of loss that are there
-    after a quarter of its steps.
-    """
-    metrics, planned = results.final(), controls_of(results.study)
-    predicted = predictions.of_controls(results, claims)
-    judged = judged_rows(metrics, [claim for claim in planned if claim in CONTROLS], *predicted)
-    if COLLAPSE in planned:
-        fallen = is_collapsed(metrics[metrics["run"] == COLLAPSE.after])
-        share, n = float(fallen.mean()), len(fallen)
-        verdict: Verdict = "inconclusive"
-        if n > 1 and share in (0, 1):
-            verdict = "reproduced" if share else "not reproduced"
-        counted = Interval(share, math.nan, math.nan, n)
-        quantity = "share of seeds that collapsed"
-        judged.append(claim_row(COLLAPSE, counted, verdict, "count of seeds", quantity=quantity))
-    shares = early_shares(results.trajectories)
-    ahead = (shares["reward"] - shares["loss"]).to_numpy()
-    interval, quantity = mean_interval(ahead), "share of reward - share of loss"
-    verdict = verdict_of(interval.low, interval.high, +1)
-    judged.append(claim_row(STOPPING, interval, verdict, paired_test(ahead), quantity=quantity))
-    return corrected_family(sorted(judged, key=lambda row: int(row["id"][1:])))
+    """One row per control that the plan has; ``claims`` are the judged claims of the same study."""
+    values, fallen = values_of_controls(results), collapses(results)
+    perfect, policies = predictions.of_controls(results, claims)
+    rows = []
+    for claim in controls_of(results.study):
+        predicted = {"predicted": perfect.get(claim.id), "predicted_from_policies": policies.get(claim.id)}
+        if claim.margin is not None:  # the predictions are of changes, and no change is what it claims
+            predicted = {}
+        notes = [collapse_note(claim, fallen), NOTES[claim.id](results) if claim.id in NOTES else ""]
+        rows.append(judged(claim, values[claim.id], notes, **predicted))
+    return corrected_family(rows)
 
 
-def early_shares(trajectories: pd.DataFrame) -> pd.DataFrame:
-    """By seed, the shares of RL's whole change of ``reward`` and ``loss`` that are there after a quarter of its steps.
+def distances_note(results: Results) -> str:
+    """How far both policies of K3 have gone, so that a reader sees whether they match."""
+    kl = {run: by_seed(results, kl_between, "sft", run).mean() for run in ("sft-rl", "sft-rl-random")}
+    return f"KL(p_SFT || p): {', '.join(f'{run} {nats:.3f}' for run, nats in kl.items())} nats"
 
-    Taken at the measurement that is nearest to a quarter; ``step`` says which.
-    """
-    found = []
-    for seed, path in trajectories[trajectories["run"] == "sft-rl"].groupby("seed"):
-        path = path.set_index("step")[["reward_exact", "sft_loss"]]
-        step = min(path.index, key=lambda at: abs(at - EARLY * path.index[-1]))
-        share = (path.loc[step] - path.iloc[0]) / (path.iloc[-1] - path.iloc[0])
-        found.append({"seed": seed, "step": step, "reward": share["reward_exact"], "loss": share["sft_loss"]})
-    return pd.DataFrame(found).set_index("seed")
+
+def failed_judges_note(results: Results) -> str:
+    """In which seeds the reward model of K9 judges no better than the majority label; they are judged all the same."""
+    table = results.metrics[(results.metrics["run"] == "reward-model") & (results.metrics["split"] == "dev")]
+    failed = table.loc[is_failed_judge(table), "seed"]
+    return f"the reward model had failed in seeds {', '.join(map(str, failed))}" if len(failed) else ""
+
+
+NOTES = {"K3": distances_note, "K9": failed_judges_note}
 
 
 def reward_per_nat(results: Results) -> pd.DataFrame:
-    """`early_shares`, and how much reward RL after SFT buys for a nat of SFT loss up to there and after it, by seed."""
-    shares = early_shares(results.trajectories)
+    """`early_shares`, and how much reward a quarter of RL buys for a nat of SFT loss, and the rest of it, by seed."""
+    shares = early_shares(results)
     after, before = (results.final(run).set_index("seed")[[REWARD, LOSS]] for run in ("sft-rl", "sft"))
     change = after - before
     early = change[REWARD] * shares["reward"] / (change[LOSS] * shares["loss"])
     late = change[REWARD] * (1 - shares["reward"]) / (change[LOSS] * (1 - shares["loss"]))
-    return shares.assign(**{"reward per nat, early": early, "reward per nat, late": late})
+    return shares.assign(**{"reward per nat, a quarter": early, "reward per nat, the rest": late})
 
 
 # Joint training
 
 
-def temperature_curve(log_odds: np.ndarray, labels: pd.Series) -> pd.DataFrame:
-    """``sft_loss, reward`` on the given labels of a two-label policy at `TEMPERATURES`, from cold to hot."""
-    tempered = [theory.tempered_log_odds(log_odds, temperature) for temperature in TEMPERATURES]
-    return pd.DataFrame(
-        {
-            "sft_loss": [theory.loss_on_labels(odds, labels) for odds in tempered],
-            "reward": [theory.reward_on_labels(odds, labels) for odds in tempered],
-        }
-    )
-
-
 def temperature_curves(results: Results, run: str) -> list[pd.DataFrame]:
-    """`temperature_curve` of a run's policy, for each seed."""
+    """`measures.temperature_curve` of a run's policy, for each seed."""
     policies = [results.answers_of(run, seed) for seed in results.seeds]
     return [temperature_curve(label_log_odds(answers), answers["label"]) for answers in policies]
 
 
-def best_reward_at(curves: list[pd.DataFrame], loss: float) -> float:
-    """Largest reward on ``curves`` among points with at most that SFT loss (or the least loss there is)."""
-    points = pd.concat(curves)
-    return float(points.loc[points["sft_loss"] <= max(loss, points["sft_loss"].min()), "reward"].max())
+def values_of_joint(results: Results) -> dict[str, pd.Series]:
+    """The quantities of J1, J1e and J2 of each joint run by seed, from `measures.advantage` over `SEQUENTIAL`."""
+    values: dict[str, pd.Series] = {}
+    for run in joint_runs(results.study):
+        found = {
+            seed: advantage(results.answers_of(run, seed), [results.answers_of(rival, seed) for rival in SEQUENTIAL])
+            for seed in results.seeds
+        }
+        sampled, greedy = (pd.Series({seed: both[place] for seed, both in found.items()}) for place in (0, 1))
+        values |= {f"J1-{run}": sampled, f"J1e-{run}": sampled, f"J2-{run}": greedy}
+    return values
 
 
 def judge_joint(results: Results) -> list[ClaimRow]:
-    """Does joint training beat doing one stage after the other, at equal cost? Two rows per joint run.
-
-    J1: its sampled reward minus the best that `SEQUENTIAL`'s policies of the same seed earn at no larger SFT loss, each
-    at whatever temperature suits it best on these very sentences (which favours them). J2: its greedy reward minus that
-    of the better of the two, by the mean over seeds.
-    """
-    greedy = results.final().pivot(index="seed", columns="run", values="reward_greedy")
-    rival = max(SEQUENTIAL, key=lambda run: greedy[run].mean())
-    curves = list(zip(*(temperature_curves(results, run) for run in SEQUENTIAL), strict=True))
-    judged = []
-    for claim in joint_claims(results.study, rival):
-        if claim.metric == "reward_greedy":
-            gains = (greedy[claim.after] - greedy[rival]).to_numpy()
-        else:
-            gains = np.array([above_curves(results.answers_of(claim.after, seed), list(of_seed))
-                              for seed, of_seed in zip(results.seeds, curves, strict=True)])  # fmt: skip
-        interval = mean_interval(gains)
-        verdict = verdict_of(interval.low, interval.high, claim.sign)
-        judged.append(claim_row(claim, interval, verdict, paired_test(gains)))
-    return corrected_family(judged)
-
-
-def above_curves(answers: pd.DataFrame, curves: list[pd.DataFrame]) -> float:
-    """A policy's sampled reward minus the best on ``curves`` at no larger SFT loss."""
-    log_odds, labels = label_log_odds(answers), answers["label"]
-    best = best_reward_at(curves, theory.loss_on_labels(log_odds, labels))
-    return theory.reward_on_labels(log_odds, labels) - best
+    """Does joint training beat doing one stage after the other, at equal cost? Three rows per joint run."""
+    values = values_of_joint(results)
+    return corrected_family([judged(claim, values[claim.id]) for claim in joint_claims(results.study)])
 
 
 def joint_answer(rows: list[ClaimRow]) -> str:
     """The answer to "does joint training beat sequential training at equal cost?" in one paragraph, with numbers."""
 
     def summary(letter: str, what: str) -> str:
-        family = [row for row in rows if row["id"].startswith(letter)]
+        family = [row for row in rows if row["id"].startswith(f"{letter}-")]
         best = max(family, key=lambda row: row["estimate"] or -math.inf)
-        better, worse = (
-            sum(row["verdict"] == verdict for row in family) for verdict in ("reproduced", "not reproduced")
-        )
+        better, worse = (sum(row["verdict"] == verdict for row in family) for verdict in ("confirmed", "refuted"))
         return (
-            f"{what}, {better} of {len(family)} joint runs are better and {worse} worse; the best is "
+            f"{what}, {better} of {len(family)} joint runs are shown to be better and {worse} worse; the best is "
             f"{best['id'].partition('-')[2]} with {interval_text(best['estimate'], best['ci95'])}"
         )
 
+    alike = [row["verdict"] == "confirmed" for row in rows if row["margin"] is not None]
     sampled = summary("J1", "In sampled reward at equal SFT loss")
+    same = f"No more than {REWARD_MARGIN:g} of reward apart, either way: {sum(alike)} of {len(alike)}"
     greedy = summary("J2", "In greedy reward")
-    return f"{sampled}. {greedy}. (Means over {rows[0]['seeds']} seeds with 95 % intervals; Holm's correction.)"
+    return f"{sampled}. {same}. {greedy}. (Means over {rows[0]['seeds']} seeds with 95 % intervals; Holm's correction.)"

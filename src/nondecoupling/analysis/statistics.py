@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import DescrStatsW
 
 from nondecoupling.study.contracts import OverSeeds
 
@@ -32,7 +33,7 @@ class Interval(NamedTuple):
 
 
 class Significance(NamedTuple):
-    """A test by name, its statistic and its two-sided p-value (both nan where the sample allows no test)."""
+    """A test by name, its statistic and its p-value (both nan where the sample allows no test)."""
 
     name: str
     statistic: float
@@ -88,6 +89,27 @@ def paired_test(differences: ArrayLike) -> Significance:
         return Significance("exact sign", float(positive), _fair_coin_p(positive, negative))
     result = stats.ttest_1samp(sample, 0.0)
     return Significance("paired t", float(result.statistic), float(result.pvalue))
+
+
+def equivalence_test(differences: ArrayLike, margin: float) -> Significance:
+    """Two one-sided t-tests (TOST) that the mean difference over seeds lies within +-``margin``, differences (n,).
+
+    The p-value is the larger of the two, with its t as the statistic: below 0.05 exactly where the 90 % interval of
+    `mean_interval` lies within the margin. A mean beyond the margin has p above 0.5, and 1 - p is the p-value that it
+    does lie beyond. One difference allows no test; differences all equal up to rounding are judged by two exact sign
+    tests, as in `paired_test`. Raises ValueError if there is none, one is not finite or the margin is not positive.
+    """
+    sample = _sample(differences)
+    if not margin > 0:
+        raise ValueError(f"margin = {margin} must be positive.")
+    if len(sample) < 2:
+        return Significance("TOST", np.nan, np.nan)
+    if _all_equal(sample):
+        p = 0.5 ** len(sample)
+        return Significance("exact sign", np.nan, p if abs(sample.mean()) < margin else 1 - p)
+    p_value, *sides = DescrStatsW(sample).ttost_mean(-margin, margin)
+    statistic, *_ = max(sides, key=lambda side: side[1])
+    return Significance("TOST", float(statistic), float(p_value))
 
 
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> Significance:

@@ -34,11 +34,38 @@ def rows_of(rows: list[ClaimRow], families: str) -> list[ClaimRow]:
     return [row for row in rows if row["id"][0] in families]
 
 
+def changes(rows: list[ClaimRow]) -> list[ClaimRow]:
+    """The rows whose quantity is a difference of SFT losses or of rewards: what one axis can show together."""
+    return [row for row in rows if row["quantity"].startswith(("sft_loss: ", "reward_"))]
+
+
+def theorems_and_tests(rows: list[ClaimRow]) -> tuple[list[ClaimRow], list[ClaimRow]]:
+    """The theory's rows: theorems, which must hold in every seed, and statements that an interval decides."""
+    theory = rows_of(rows, "T")
+    return [row for row in theory if row["test"] == "exact"], [row for row in theory if row["test"] != "exact"]
+
+
+def outcome_sentence(row: ClaimRow) -> str:
+    """What was found of a claim, in a sentence with its numbers; the words follow from the verdict."""
+    margin = "" if row["margin"] is None else f" (±{row['margin']:g})"
+    claim = f"{row['id']}: {row['statement'].removeprefix('(ours) ')}{margin}"
+    if row["verdict"] == "not run":
+        return f"{claim}: not run ({row['note']})."
+    found = f"{interval_text(row['estimate'], row['ci95'])}, {row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
+    words = "these seeds do not decide it" if row["verdict"] == "inconclusive" else row["verdict"]
+    return f"{claim}: {words} ({'; '.join(filter(None, [found, row['note']]))})."
+
+
+def outcomes(rows: list[ClaimRow]) -> str:
+    """`outcome_sentence` of each row, as a list in Markdown."""
+    return "\n".join(f"* {outcome_sentence(row)}" for row in rows)
+
+
 def claims_table(rows: list[ClaimRow]) -> pd.DataFrame:
     """The claims for reading, as text; columns in which no row has anything to say are left out."""
     table = pd.DataFrame(
         {
-            "claim": f"{row['id']}: {row['statement']}",
+            "claim": f"{row['id']}: {row['statement']}" + ("" if row["margin"] is None else f" (±{row['margin']:g})"),
             "paper": row["paper"],
             "perfect learner": interval_text(row["predicted"], None),
             "own belief": interval_text(row["predicted_from_policies"], None),

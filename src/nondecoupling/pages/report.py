@@ -15,7 +15,15 @@ import yaml
 
 from nondecoupling.analysis import figures
 from nondecoupling.analysis.controls import OBJECTIONS
-from nondecoupling.analysis.tables import claims_table, policies_table, rows_of, states_table, sweep_table
+from nondecoupling.analysis.tables import (
+    changes,
+    claims_table,
+    policies_table,
+    rows_of,
+    states_table,
+    sweep_table,
+    theorems_and_tests,
+)
 from nondecoupling.study import folders
 from nondecoupling.study.contracts import ClaimRow, TheoryFile
 from nondecoupling.study.plan import NAMES, STATES
@@ -25,12 +33,8 @@ from nondecoupling.study.study import Study, changed_settings, load_profile
 REPORT = "report.html"
 
 
-def claim_group(rows: list[ClaimRow], letters: str) -> list[dict[str, Any]]:
-    """The claims whose ids begin with one of ``letters``, ready to show: verdict, note and the other cells as text.
-
-    Empty if none of them was run.
-    """
-    chosen = rows_of(rows, letters)
+def claim_group(chosen: list[ClaimRow]) -> list[dict[str, Any]]:
+    """Claims ready to show: verdict, note and the other cells as text. Empty if none of them was run."""
     if all(row["verdict"] == "not run" for row in chosen):
         return []
     cells = claims_table(chosen).drop(columns="verdict").to_dict("records")
@@ -71,7 +75,7 @@ def content_of(results: Results) -> dict[str, Any]:
     rows: list[ClaimRow] = results.read("claims.json")
     theory: TheoryFile = results.read("theory.json")
     study, shared = results.study, results.provenance["shared"]
-    states = states_table(results.final(*STATES))
+    states, (theorems, of_theory) = states_table(results.final(*STATES)), theorems_and_tests(rows)
     others = [run.name for run in study.runs_of("controls")]
     machines = {(shared["cpu"], shared["gpu"])} | {
         (entry.get("cpu", shared["cpu"]), entry.get("gpu", shared["gpu"]))
@@ -83,11 +87,12 @@ def content_of(results: Results) -> dict[str, Any]:
         "changed": changed_settings(load_profile(study.profile.name), study.profile),
         "seeds": results.seeds,
         "headline": [row for row in rows if row["id"] in ("A1", "B1", "B3", "O1")],
-        "experiments": claim_group(rows, "AB"),
-        "own": claim_group(rows, "O"),
-        "theorems": claim_group(rows, "T"),
-        "controls": claim_group(rows, "K"),
-        "joint": claim_group(rows, "J"),
+        "experiments": claim_group(rows_of(rows, "AB")),
+        "own": claim_group(rows_of(rows, "O")),
+        "theorems": claim_group(theorems),
+        "amounts": claim_group(of_theory),
+        "controls": claim_group(rows_of(rows, "K")),
+        "joint": claim_group(rows_of(rows, "J")),
         "states": states.to_dict("index"),
         "policies": policies_table(results.final(*STATES)),
         "objections": OBJECTIONS,
@@ -128,7 +133,7 @@ def write_report(study: Study) -> Path:
         raise FileNotFoundError(f"{root / 'claims.json'} is not there; finish the study first (make reproduce).")
     results = read_results(study, root)
     figures.set_style()
-    rows = rows_of(results.read("claims.json"), "ABO")
+    rows = changes(rows_of(results.read("claims.json"), "ABO"))
     figures.save_figure(results, figures.draw_claims(rows, "Predicted and measured"), "predictions")
     folders.write_text(root / REPORT, render_report(content_of(results)))
     return root / REPORT

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-Verdict = Literal["reproduced", "not reproduced", "inconclusive", "not run"]
+# Of the paper's claims: reproduced or not; of ours: confirmed or refuted. `analysis.claims.worded` is the rule.
+Verdict = Literal["reproduced", "not reproduced", "confirmed", "refuted", "inconclusive", "not run"]
 
 
 class RunFile(TypedDict):
@@ -52,11 +53,12 @@ class ClaimRow(TypedDict):
     estimate: float | None  # mean over seeds; None where it was not run
     ci95: list[float] | None  # its 95 % t interval over seeds; None where there is none
     seeds: int  # how many were averaged
-    test: str  # the test that p comes from
-    p_value: float | None  # two-sided, uncorrected
+    margin: float | None  # of a claim of no difference: what still counts as none; None for a claim about a sign
+    test: str  # the test that p comes from; "exact" for what must hold in every seed
+    p_value: float | None  # uncorrected; two-sided, or of the two one-sided tests of a claim of no difference
     p_holm: float | None  # after Holm's correction over the family
     verdict: Verdict  # by the rules of analysis.claims and analysis.controls
-    note: str  # collapses and other warnings
+    note: str  # collapses, seeds that lack the quantity, and other warnings
 
 
 class OverSeeds(TypedDict):

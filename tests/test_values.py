@@ -1,0 +1,60 @@
+"""Per-seed values are those that the rows were judged by."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from nondecoupling.analysis import claims, controls, landing
+from nondecoupling.analysis.values import claim_values
+from nondecoupling.study.plan import STATES
+from nondecoupling.study.study import load_study
+from tables import metrics_of, policy, results_of
+
+RNG = np.random.default_rng(0)
+LABELS = RNG.integers(0, 2, 60)
+SEEDS = (0, 2, 5)
+STUDY = load_study("nano")
+
+
+def study_results(runs):
+    """Noisy policies of some runs, each surer than the one before, with metrics of their own in every seed."""
+    answers, noise = [], RNG.normal(0, 1, 60)
+    for place, run in enumerate(runs):
+        odds = (2 * LABELS - 1 + noise) * (2 + place) * RNG.uniform(0.9, 1.1, (3, 1))
+        answers.append(policy(run, odds, LABELS, SEEDS, score_acceptable=noise, score_unacceptable=-noise))
+    names = ("sft_loss", "reward_exact", "reward_sampled", "reward_greedy", "kl_to_parent")
+    metrics = {run: {name: RNG.uniform(0.3, 0.6, 3) for name in names} for run in runs}
+    return results_of(STUDY, answers, metrics_of(metrics, SEEDS), seeds=SEEDS)
+
+
+def check(values, rows):
+    for row in rows:
+        found = values.loc[values["claim"] == row["id"], "value"].dropna()
+        assert row["seeds"] == len(found) > 1
+        assert row["estimate"] == pytest.approx(found.mean())
+        assert row["ci95"] == pytest.approx(list(stats.ttest_1samp(found, 0).confidence_interval(0.95)))
+
+
+def test_every_estimate_and_interval_comes_from_the_values():
+    found = study_results([run.name for run in STUDY.runs if run.group != "sweep" and run.stage != "data"])
+    values = claim_values(found)
+    assert list(values) == ["claim", "seed", "value"]
+    assert values.groupby("claim")["seed"].apply(list).map(lambda seeds: seeds == list(SEEDS)).all()
+    rows = claims.judge_claims(found)
+    theory = {"identity_gaps": {"x": 0.0}, "beta": 0.5, "sweep": None, "runs": landing.landings(found)}
+    of_theory = [row for row in claims.judge_theory(found, theory) if row["id"] != "T1" and row["verdict"] != "not run"]
+    of_controls = controls.judge_controls(found, rows) + controls.judge_joint(found)
+    check(values, rows + of_theory + of_controls)
+    assert set(values["claim"]) == {row["id"] for row in rows + of_theory + of_controls}
+
+
+def test_the_sweep_has_values_of_its_own_and_what_was_not_run_has_none():
+    sweep = [run for run in STUDY.runs_of("sweep") if run.half]
+    found = study_results([*STATES, *(run.name for run in sweep)])
+    values = claim_values(found)
+    assert {name[0] for name in values["claim"]} == set("ABOT")
+    named = [name for name in values["claim"].unique() if name.startswith("T4")]
+    assert named == [row["id"] for row in claims.sweep_rows(found, {"sweep": None})]
+    by_hand = [landing.losses(found, run) - landing.losses(found, "sft") for run in ("sft-rl-b5", "sft-rl-b0.05")]
+    shown = [values.loc[values["claim"] == name, "value"] for name in ("T4-b5", "T4-b0.05")]
+    assert np.concatenate(shown) == pytest.approx(np.concatenate(by_hand))
