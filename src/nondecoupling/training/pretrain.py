@@ -10,10 +10,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from nondecoupling.study.plan import seed_of
 from nondecoupling.study.profile import Pretrain, Prompt
 from nondecoupling.task import grammar
 from nondecoupling.task.prompts import prompt_ids, prompt_messages, response_ids, responses
+from nondecoupling.task.seeds import seed_of
 from nondecoupling.training.generation import padded
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -112,9 +112,9 @@ def chat_loss(
 ) -> tuple[torch.Tensor, int]:
     """Summed loss (nats) and number of the answers' tokens in chats about ``rows``: label, p_right, sentence.
 
-    The question counts nothing: half of its sentences are ungrammatical, and no text to learn from. The first token of
-    the answer decides between the two, and its target is both of them, the right one with probability ``p_right``:
-    soft targets teach how sure to be without the noise of labels that are drawn.
+    The question counts nothing: half of its sentences are ungrammatical, and no text to learn from. The first token in
+    which the two answers differ decides between them, and its target is both, the right one with probability
+    ``p_right``: soft targets teach how sure to be without the noise of labels that are drawn.
     """
     questions = prompt_ids(tokenizer, prompt, rows["sentence"])
     answers = [response_ids(tokenizer, text) for text in responses(prompt)]
@@ -123,11 +123,11 @@ def chat_loss(
     ids, _ = padded(chats, tokenizer.pad_token_id, "right")
     logp = model(ids).logits.log_softmax(-1)
     row, first = torch.arange(len(rows)), torch.tensor([len(q) for q in questions])
-    at_first = logp[row, first - 1]
-    one_of = torch.tensor([answer[0] for answer in answers])
-    right, wrong = at_first[row, one_of[labels]], at_first[row, one_of[1 - labels]]
+    fork = next(place for place, (one, other) in enumerate(zip(*answers, strict=False)) if one != other)
+    at_fork, one_of = logp[row, first + fork - 1], torch.tensor([answer[fork] for answer in answers])
+    right, wrong = at_fork[row, one_of[labels]], at_fork[row, one_of[1 - labels]]
     total, tokens = -(p_right * right + (1 - p_right) * wrong).sum(), len(rows)
-    for place in range(1, max(map(len, answers))):  # the rest of the answer and its end
+    for place in [place for place in range(max(map(len, answers))) if place != fork]:  # and the end of the turn
         longer = torch.tensor([len(answers[label]) > place for label in rows["label"]])
         position = (first + place)[longer]
         total = total - logp[row[longer], position - 1, ids[row[longer], position]].sum()
