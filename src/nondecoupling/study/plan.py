@@ -102,7 +102,7 @@ def controls(profile: Profile) -> list[Run]:
     def add(
         name: str, stage: StageKind, parent: str, changes: dict[str, Any] | None = None, curve: bool = False, **more
     ):
-        runs.append(Run(name, stage, parent, changes or {}, "controls", curve, **more))
+        runs.append(Run(name, stage, parent, changes or {}, "controls", curve=curve, **more))
 
     rl, sft = profile.rl, profile.sft
     add("sft-sft", "sft", "sft", {"sft.steps": rl.steps})  # as many further SFT steps as RL takes
