@@ -47,29 +47,30 @@ def results_in(folder: Path):
         yield
 
 
-def make_data(study: Study) -> Path:
+def make_data(study: Study, seed: int = 0) -> Path:
     """What chapter 1 does."""
     started = provenance.now()
-    partial = folders.open_run(folders.study_folder(study), study.run("data"), 0)
-    return corpus.publish_corpus(study, 0, partial, corpus.collect_corpus(study.profile.data, 0, partial), started)
+    partial = folders.open_run(folders.study_folder(study), study.run("data"), seed)
+    folder = corpus.collect_corpus(study.profile.data, seed, partial)
+    return corpus.publish_corpus(study, seed, partial, folder, started)
 
 
-def make_base(study: Study) -> Path:
+def make_base(study: Study, seed: int = 0) -> Path:
     """What chapter 2 does."""
     from nondecoupling.training import base as bases
     from nondecoupling.training import evaluation, models, pretrain
 
     started, settings, run = provenance.now(), study.profile, study.run("base")
-    table = corpus.load_checked_corpus(study, 0)
-    partial = folders.open_run(folders.study_folder(study), run, 0)
-    base = bases.base_folder(study, run, 0) if settings.model.folder else partial / folders.POLICY
+    table = corpus.load_checked_corpus(study, seed)
+    partial = folders.open_run(folders.study_folder(study), run, seed)
+    base = bases.base_folder(study, run, seed) if settings.model.folder else partial / folders.POLICY
     if not settings.model.folder:
         exclude = set(table["sentence"])
-        pretrain.pretrain(settings.pretrain, settings.prompt, exclude, base, seed=0)
+        pretrain.pretrain(settings.pretrain, settings.prompt, exclude, base, seed)
     policy, tokenizer = models.load_base(base, settings.model), models.load_tokenizer(base)
     tables = evaluation.evaluation_tables(table, settings.evaluation)
-    measured = evaluation.measure_policy(policy, tokenizer, settings, 0, tables, references={})
-    return bases.publish_base(study, run, 0, partial, base, measured, {}, started)
+    measured = evaluation.measure_policy(policy, tokenizer, settings, seed, tables, references={})
+    return bases.publish_base(study, run, seed, partial, base, measured, {}, started)
 
 
 @pytest.fixture(scope="session")
@@ -79,10 +80,12 @@ def tiny_results(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def built_base(tiny_results):
-    """Folder of the finished base run, data run beside it."""
+    """Folder of the finished base run of seed 0; data beside it, and both of seed 1."""
     with results_in(tiny_results):
-        make_data(tiny())
-        return make_base(tiny())
+        for seed in (1, 0):
+            make_data(tiny(), seed)
+            base = make_base(tiny(), seed)
+        return base
 
 
 @pytest.fixture(scope="session")

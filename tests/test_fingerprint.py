@@ -42,7 +42,7 @@ def test_what_a_run_changes_is_in_its_fingerprint(profile):
         ({"joint.learning_rate": 0.1}, {"joint-m0.2"}),
         ({"rl.beta": 9.0}, {"sft-rl", "joint-m0.2", "theory", "controls", "claims"}),
         ({"data.disagreement": 0.2}, {"data", "base", "sft", "sft-rl", "joint-m0.2", "reward-model", *SUMMARIES}),
-        ({"evaluation.seed": 5}, {"base", "sft", "sft-rl", "joint-m0.2", "reward-model"}),
+        ({"evaluation.train_size": 5}, {"base", "sft", "sft-rl", "joint-m0.2", "reward-model"}),
     ],
 )
 def test_a_setting_concerns_the_parts_that_use_it(changes, concerned):
@@ -105,6 +105,7 @@ def concerned_by(tmp_path, monkeypatch):
     ("module", "concerned"),
     [
         ("task/grammar.py", {*STAGES}),
+        ("task/seeds.py", {*STAGES}),
         ("training/generation.py", STAGES - {"data"}),
         ("training/rl.py", {"rl", "joint"}),
         ("training/joint.py", {"joint"}),

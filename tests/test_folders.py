@@ -63,8 +63,9 @@ def test_folders(study, tmp_path, monkeypatch):
     root = folders.study_folder(study)
     assert root == tmp_path / "results" / "nano"
     assert folders.run_folder(root, study.run("sft-rl"), 3) == root / "seed3" / "sft-rl"
-    for name in ("data", "base", "base-weak"):
-        assert folders.run_folder(root, study.run(name), 3) == root / name
+    for name in ("data", "base"):
+        assert folders.run_folder(root, study.run(name), 3) == root / "seed3" / name
+        assert folders.run_folder(root, load_study("paper").run(name), 3) == root / name  # there once
     assert folders.reference_folder(study) == tmp_path / "repository" / "results" / "reference" / "nano"
     for value in ("", None):
         monkeypatch.setenv("NONDECOUPLING_RESULTS", "") if value == "" else monkeypatch.delenv("NONDECOUPLING_RESULTS")
@@ -184,7 +185,8 @@ def test_metrics_say_what_was_run(metrics, tiny_study):
     expected = {"run": "sft", "stage": "sft", "parent": "base", "profile": "tiny", "seed": 0, "status": "complete"}
     assert expected.items() <= metrics.items()
     TypeAdapter(RunFile).validate_python(metrics)
-    assert metrics["parents"] == {"base": folders.sha256(folders.study_folder(tiny_study) / "base" / folders.METRICS)}
+    base = folders.study_folder(tiny_study) / "seed0" / "base" / folders.METRICS
+    assert metrics["parents"] == {"base": folders.sha256(base)}
 
 
 @pytest.mark.parametrize(("split", "n"), [("dev", 60), ("train", 40)])
@@ -230,7 +232,7 @@ def test_provenance_says_what_the_contract_asks_for(metrics, key):
 def test_provenance_holds(metrics, tiny_study):
     found = metrics["provenance"]
     assert found["parameters"] == tiny_study.profile.model_dump()
-    assert found["data_sha256"] == folders.file_hashes(folders.study_folder(tiny_study) / "data", "*.tsv")
+    assert found["data_sha256"] == folders.file_hashes(folders.study_folder(tiny_study) / "seed0" / "data", "*.tsv")
     assert len(found["data_sha256"]) == 2
     started, finished = (datetime.fromisoformat(found[name]) for name in ("started", "finished"))
     assert started <= finished
@@ -266,8 +268,9 @@ def test_the_trajectory_has_the_step_and_the_dev_numbers(tiny_sft):
 
 def test_predictions_have_a_row_per_dev_sentence(tiny_sft):
     table = pd.read_parquet(tiny_sft.folder / folders.answers_file("dev"))
-    expected = ["sentence", "label", "source", "truth", "logp_acceptable", "logp_unacceptable", "sampled", "greedy"]
-    assert table.columns.tolist() == expected
+    known, found = ["sentence", "label", "source", "truth", "agreement"], ["logp_acceptable", "logp_unacceptable"]
+    assert table.columns.tolist() == [*known, *found, "sampled", "greedy"]
+    assert table["agreement"].tolist() == [0.9] * 60
     assert len(table) == table["sentence"].nunique() == 60
     assert (table[["logp_acceptable", "logp_unacceptable"]] <= 0).all(axis=None)
     assert len(pd.read_parquet(tiny_sft.folder / folders.answers_file("train"))) == 40

@@ -1,5 +1,6 @@
 """The graph that make gets: what each part waits for, and which settings files are rewritten by what."""
 
+import itertools
 import os
 import shlex
 import shutil
@@ -47,9 +48,23 @@ def test_every_run_of_every_seed_waits_for_its_parents(groups):
             assert by_name[run.name, seed].needs == [parent.target for parent in parents]
 
 
-def test_a_second_base_stands_once_for_all_seeds():
-    weak = [part for part in graph.parts_of(load_study("nano"), [0, 1], graph.GROUPS) if part.name == "base-weak"]
-    assert [(part.seed, part.target) for part in weak] == [(None, "base-weak/metrics.json")]
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], ["seed0/data", "seed0/base", "seed1/data", "seed1/base"]),
+        (["data"], ["data", "seed0/base", "seed1/base"]),
+        (["model"], ["seed0/data", "seed0/base", "seed1/data", "seed1/base"]),
+        (["data", "model"], ["data", "base"]),
+    ],
+)
+def test_what_is_there_once_is_one_part_and_what_is_drawn_is_one_for_each_seed(tmp_path, given, expected):
+    study = load_study("nano", **dict.fromkeys(given, str(tmp_path)))
+    parts = [part for part in graph.parts_of(study, [0, 1], ["main"]) if part.name in ("data", "base")]
+    assert [part.target for part in parts] == [f"{place}/metrics.json" for place in expected]
+    for part in parts:
+        assert part.seed == (int(part.target[4]) if part.target.startswith("seed") else None)
+        own = "data" if "data" in given else f"seed{part.seed}/data"
+        assert part.needs == ([f"{own}/metrics.json"] if part.name == "base" else [])
 
 
 @pytest.mark.parametrize("groups", ALL_GROUPS)
@@ -78,7 +93,7 @@ def test_recipes_carry_the_users_words_through_make_and_shell(root):
     done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=True)
     recipes = [shlex.split(line)[3:] for line in done.stdout.splitlines()]
     assert len(recipes) == len(parts)
-    assert ["run", "--run", "data", *words] in recipes
+    assert ["run", "--run", "data", "--seed", "3", *words] in recipes
     assert ["run", "--run", "sft-rl", "--seed", "3", *words] in recipes
     assert recipes[-1] == ["report", *words]
 
@@ -106,10 +121,10 @@ def rewritten(root):
         ({}, set()),
         ({"rl.reward": "robust"}, {"rl", "sft-rl", "theory", "claims"}),
         ({"sft.steps": 7}, {"sft", "rl-sft"}),
-        ({"pretrain.max_steps": 7000}, {"base"}),
+        ({"pretrain.taught": ["case"]}, {"base"}),
         ({"adaptation.rank": 2}, {"sft", "sft-rl", "rl", "rl-sft"}),
         ({"data.disagreement": 0.2}, MAIN | {"theory", "claims"}),
-        ({"evaluation.seed": 5}, MAIN - {"data"}),
+        ({"evaluation.train_size": 5}, MAIN - {"data"}),
     ],
 )
 def test_a_setting_rewrites_the_files_of_the_parts_that_it_concerns(rewritten, changes, expected):
@@ -135,6 +150,7 @@ def test_other_seeds_and_groups_concern_what_is_made_of_all_runs(rewritten, more
     ("file", "expected"),
     [
         ("task/corpus.py", MAIN),
+        ("task/seeds.py", MAIN),
         ("training/rl.py", {"rl", "sft-rl"}),
         ("analysis/identities.py", {"theory"}),
         ("pages/templates/report.css", {"report"}),
@@ -160,7 +176,7 @@ def begun(root):
     """The study nano with two seeds of sft, its settings written, and these runs newer than they are."""
     study = load_study("nano")
     graph.write_settings(study, graph.parts_of(study, [0, 1], ["main"]), [0, 1], ["main"])
-    for name, seed in (("data", 0), ("base", 0), ("sft", 0), ("sft", 1)):
+    for name, seed in itertools.product(("data", "base", "sft"), (0, 1)):
         folder = folders.run_folder(root, study.run(name), seed)
         folder.mkdir(parents=True)
         parents = folders.parent_hashes(study, root, study.run(name), seed)
@@ -179,10 +195,9 @@ def test_the_state_of_every_run_is_listed(root, begun):
     (root / "seed0" / "sft-rl.failed.ipynb").write_text("{}")
     os.utime(root / "seed1" / "sft" / folders.METRICS, (1, 1))  # older than the base
     states = states_in(begun)
-    expected = {"data": ["✓"], "base": ["✓"], "sft": ["✓", "~"], "rl": ["…", "…"], "sft-rl": ["✗", "·"]}
+    expected = {"data": ["✓"] * 2, "base": ["✓"] * 2, "sft": ["✓", "~"], "rl": ["…", "…"], "sft-rl": ["✗", "·"]}
     assert expected.items() <= states.items()
-    assert states["base-weak"] == ["·"]  # once for all seeds
-    assert states["main"] == ["3", "of", "10", "make", "reproduce"]  # what is out of date is yet to be made
+    assert states["main"] == ["5", "of", "12", "make", "reproduce"]  # what is out of date is yet to be made
     assert states["controls"][-2:] == ["make", "controls"]
     first, *_, last = graph.status_lines(begun, [0, 1])
     assert first.split() == ["0", "1"]
@@ -192,9 +207,14 @@ def test_the_state_of_every_run_is_listed(root, begun):
 def test_the_list_says_what_an_edit_or_another_parent_makes_out_of_date(root, begun):
     assert states_in(begun)["sft"] == ["✓", "✓"]
     changed = study_of("nano", with_overrides(begun.profile, {"sft.steps": 7}))
-    assert (states_in(changed)["base"], states_in(changed)["sft"]) == (["✓"], ["~", "~"])
-    base = root / "base" / folders.METRICS
+    assert (states_in(changed)["base"], states_in(changed)["sft"]) == (["✓", "✓"], ["~", "~"])
+    base = root / "seed1" / "base" / folders.METRICS
     folders.write_json(base, folders.read_json(base) | {"training": {}})
-    before = (root / "data" / folders.METRICS).stat().st_mtime_ns
+    before = (root / "seed1" / "data" / folders.METRICS).stat().st_mtime_ns
     os.utime(base, ns=(before, before))
-    assert (states_in(begun)["base"], states_in(begun)["sft"]) == (["✓"], ["~", "~"])
+    assert (states_in(begun)["base"], states_in(begun)["sft"]) == (["✓", "✓"], ["✓", "~"])  # of that seed alone
+
+
+def test_the_list_has_one_mark_for_what_is_there_once(root, tmp_path):
+    marks = graph.status_lines(load_study("nano", data=str(tmp_path)), [0, 1])[1:3]
+    assert [line.split() for line in marks] == [["data", "·"], ["base", "·", "·"]]

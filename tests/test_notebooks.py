@@ -35,7 +35,7 @@ def calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("name", ["data", "base-weak", "sft", "rl", "joint-m0.2", "reward-model", *SUMMARIES])
+@pytest.mark.parametrize("name", ["data", "base", "sft", "rl", "joint-m0.2", "reward-model", *SUMMARIES])
 def test_every_notebook_takes_what_it_is_given(results, calls, name):
     study = load_study("nano")
     part = next(part for part in graph.parts_of(study, [3], graph.GROUPS) if part.name == name)

@@ -27,12 +27,44 @@ def test_every_run_comes_after_its_parents_under_a_name_of_its_own(profile, fold
 
 
 @pytest.mark.parametrize("profile", NAMES)
-def test_controls_that_need_the_truth_or_an_embedded_base_are_planned_where_there_is_one(profile, folders_given):
+def test_controls_that_need_the_truth_are_planned_where_it_is_known(profile, folders_given):
     study = load_study(profile, **folders_given)
     clean = [run for run in study.runs if "data.labels" in run.changes]
-    weak = [run for run in study.runs if run.stage == "base" and run.name != "base"]
     assert bool(clean) == (profile in ("nano", "tiny") and "data" not in folders_given)
-    assert bool(weak) == (profile in ("nano", "tiny") and "model" not in folders_given)
+
+
+@pytest.mark.parametrize("profile", NAMES)
+def test_what_a_study_makes_itself_is_drawn_by_every_seed_and_what_is_there_is_there_once(profile, folders_given):
+    study = load_study(profile, **folders_given)
+    real = profile in ("laptop", "paper") or "data" in folders_given
+    published = profile in ("laptop", "paper") or "model" in folders_given
+    once = ["data"] * real + ["base"] * (real and published)  # each seed's sentences measure a published model anew
+    assert [run.name for run in study.runs if run.once] == once
+
+
+def test_the_runs_of_the_plan():
+    """A control that comes or goes does so on purpose."""
+    study = load_study("nano")
+    betas = [f"sft-rl-b{beta}" for beta in ("5", "2", "1", "0.5", "0.25", "0.1", "0.05")]
+    planned = {group: {run.name for run in study.runs_of(group)} for group in ("main", "sweep", "controls")}
+    assert planned["main"] == {"data", "base", "sft", "sft-rl", "rl", "rl-sft"}
+    halves = {f"{name}-half" for name in betas} - {"sft-rl-b0.5-half"}
+    assert planned["sweep"] == {*betas, *halves, "sft-rl-b1-group"}
+    controls = "sft-sft sft-again sft-rl-sft rl-rl sft-rl-random sft-rl-short rl-sft-short sft-wordings sft-rl-format "
+    controls += "sft-clean sft-rl-clean reward-model rl-proxy sft-rl-proxy sft-rl-rloo interleaved"
+    joint = ["joint-m0.2", "joint-m0.5", "joint-m0.8"]
+    assert planned["controls"] == {*controls.split(), *joint}
+    along = {run.name for run in study.runs if run.curve}
+    proxies = {"reward-model", "rl-proxy", "sft-rl-proxy"}
+    assert along == planned["main"] | proxies | {*joint, "interleaved"}
+
+
+def test_runs_that_go_on_are_whole_stages_of_their_own():
+    """A second stage of SFT, after SFT and after RL: both are `sft` but for where they start."""
+    study = load_study("nano")
+    for name, parent in (("sft-again", "sft"), ("sft-rl-sft", "sft-rl")):
+        run = study.run(name)
+        assert (run.stage, run.parent, run.changes) == ("sft", parent, {})
 
 
 @pytest.mark.parametrize("profile", NAMES)
@@ -52,9 +84,20 @@ def test_chosen_steps_reach_controls_and_sweep():
     of = {run.name: study.settings_of(run) for run in study.runs}
     assert of["sft-sft"].sft.steps == of["sft-rl-random"].rl.steps == of["sft-rl-b0.25-half"].rl.steps == 100
     assert of["sft-rl-b0.5"].rl.steps == of["sft-rl-b0.05"].rl.steps == 200
+    assert of["sft-again"].sft.steps == of["sft-rl-sft"].sft.steps == 50
     assert of["rl-sft-short"].sft.steps == 5
+    assert of["sft-rl-short"].rl.steps == 25
     assert of["joint-m0.2"].joint.steps == 30
     assert of["interleaved"].joint.steps == 60
+
+
+def test_chosen_rates_and_prices_reach_the_controls_that_change_them():
+    study = load_study("nano", overrides=parse_overrides("rl.beta=2 sft.learning_rate=0.01 rl.steps=1 sft.steps=3"))
+    of = {run.name: study.settings_of(run) for run in study.runs}
+    assert (of["sft-rl-random"].rl.reward, of["sft-rl-random"].rl.beta) == ("random", 0.2)
+    assert of["rl-sft-short"].sft.learning_rate == 0.0025
+    assert of["rl-sft-short"].sft.steps == of["sft-rl-short"].rl.steps == 1  # none has no step at all
+    assert of["sft-rl-short"].rl.beta == of["sft-rl"].rl.beta == 2
 
 
 @pytest.mark.parametrize(("settings", "points"), [("evaluation.points=9", {9}), ("", {2, 5})])
@@ -66,5 +109,4 @@ def test_a_chosen_number_of_points_reaches_every_run(settings, points):
 
 def test_a_policy_goes_back_to_the_base_that_it_was_trained_from():
     study = load_study("nano")
-    for run in study.runs_of("main", "sweep", "controls")[1:]:
-        assert study.base_of(run).name == ("base-weak" if "weak" in run.name else "base")
+    assert {study.base_of(run).name for run in study.runs[1:]} == {"base"}

@@ -25,6 +25,7 @@ def answers_of(run, seed):
             "label": [1, 0, 1, 1],
             "source": "s",
             "truth": pd.array([1, 0, 0, 1], "Int64"),
+            "agreement": [0.9, 0.75, 0.9, np.nan],
             "logp_acceptable": -np.log1p(np.exp(-log_odds)),
             "logp_unacceptable": -np.log1p(np.exp(log_odds)),
             "sampled": "acceptable",
@@ -34,14 +35,24 @@ def answers_of(run, seed):
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
-    """The tiny study with empty run folders of the main runs, as if they had been trained."""
-    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
-    study = load_study("tiny")
-    for run in study.runs_of("main"):
-        for seed in SEEDS[:1] if run.once else SEEDS:
-            finish(study, run, seed)
-    return study
+def finished(tmp_path, monkeypatch):
+    """A study with empty run folders of the main runs, as if they had been trained."""
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
+
+    def finished(profile):
+        study = load_study(profile)
+        for run in study.runs_of("main"):
+            for seed in SEEDS[:1] if run.once else SEEDS:
+                finish(study, run, seed)
+        return study
+
+    return finished
+
+
+@pytest.fixture
+def study(finished):
+    """The tiny study, of which every seed draws everything."""
+    return finished("tiny")
 
 
 def finish(study, run, seed, **changed):
@@ -55,8 +66,8 @@ def finish(study, run, seed, **changed):
         "stage": run.stage,
         "parent": run.parent,
         "parents": folders.parent_hashes(study, root, run, seed),
-        "profile": "tiny",
-        "study": "tiny",
+        "profile": study.profile.name,
+        "study": study.name,
         "seed": None if run.once else seed,
         "status": "complete",
         "evaluation": {"dev": metrics, "train": metrics},
@@ -90,8 +101,16 @@ def test_runs_become_tables_and_are_read_back_to_the_last_digit(study):
     assert (read.own, read.source) == (True, "this study's own runs")
 
 
-def test_a_run_that_serves_all_seeds_has_rows_for_each_and_one_cost(study):
+def test_every_seed_has_a_base_of_its_own(study):
     collected = results.collect(study, SEEDS, ["main"])
+    assert collected.final("base")["sft_loss"].tolist() == [0.1 + seed / 3 for seed in SEEDS]
+    assert collected.costs.query("run in ['data', 'base']")["seed"].tolist() == [*SEEDS, *SEEDS]
+    assert {"seed3/data", "seed5/data", "seed3/base", "seed5/base"} <= set(collected.provenance["runs"])
+
+
+def test_a_run_that_serves_all_seeds_has_rows_for_each_and_one_cost(finished):
+    collected = results.collect(finished("paper"), SEEDS, ["main"])
+    assert {"data", "base", "seed3/sft", "seed5/sft"} <= set(collected.provenance["runs"])
     base = collected.final("base")
     assert base["seed"].tolist() == SEEDS
     assert base["sft_loss"].nunique() == 1
@@ -139,7 +158,7 @@ def test_provenance_says_once_what_runs_share_and_by_run_what_differs(study):
     assert "cpu" not in by_run["seed3/rl"]
     assert "parameters" not in by_run["seed3/rl"]
     assert by_run["seed3/sft-rl"]["parents"] == {"sft": by_run["seed3/sft"]["sha256"]}
-    assert by_run["seed3/sft"]["parents"] == {"base": by_run["base"]["sha256"]}
+    assert by_run["seed3/sft"]["parents"] == {"base": by_run["seed3/base"]["sha256"]}
 
 
 def test_without_tables_the_reference_is_read_and_left_alone(tmp_path, monkeypatch, capsys):

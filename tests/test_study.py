@@ -82,7 +82,14 @@ def test_a_loaded_profile_cannot_be_changed():
         (put("model", "folder", value=3), ["'model.folder'", "3", "string"]),
         (put("seeds", value=5), ["'seeds'", "5", "string"]),
         (put("data", "disagreement", value=0.5), ["'data.disagreement'", "0.5", "less than"]),
-        (put("data", "disagreement", value=-0.1), ["'data.disagreement'", "-0.1", "greater than"]),
+        (put("data", "disagreement", value=-0.1), ["'data.disagreement'", "-0.1", "at least 0"]),
+        (put("data", "disagreement", value="some"), ["'data.disagreement'", "'some'", "number"]),
+        (put("data", "disagreement", "case", value=0.5), ["'data.disagreement'", "0.5", "less than"]),
+        (put("data", "disagreement", "case", value=None), ["'data.disagreement'", "None", "number"]),
+        (put("data", "disagreement", value=None), ["generated corpus needs", "'disagreement'"]),
+        (put("pretrain", "text_share", value=0.0), ["'pretrain'", "text_share (0.0)", "both"]),
+        (put("pretrain", "text_share", value=1.0), ["'pretrain'", "text_share (1.0)", "both"]),
+        (put("pretrain", "sureness", value=0.4), ["'pretrain.sureness'", "0.4", "greater than or equal to 0.5"]),
         (put("rl", "answers_per_prompt", value=1), ["'rl.answers_per_prompt'", "1", "greater than or equal to 2"]),
         (put("rl", "beta", value=-1.0), ["'rl.beta'", "-1", "greater than or equal to 0"]),
         (put("sft", "learning_rate", value=0.0), ["'sft.learning_rate'", "0.0", "greater than 0"]),
@@ -325,6 +332,12 @@ def test_a_study_says_what_the_user_chose():
     assert "rl.beta_0.25" in changed.name  # a reader of results/ can tell
     assert changed.chosen == {"rl.beta"}
     assert study.changed_settings(load_study("nano").profile, changed.profile) == {"rl.beta": 0.25}
+
+
+@pytest.mark.parametrize("text", ["data.disagreement=0.2", 'data.disagreement={"tense":0,"case":0.2}'])
+def test_disagreement_is_one_rate_or_one_for_each_phenomenon(text):
+    overrides = parse_overrides(text)
+    assert load_study("nano", overrides=overrides).profile.data.disagreement == overrides["data.disagreement"]
 
 
 def test_one_and_one_point_zero_are_one_study():

@@ -4,7 +4,6 @@ A run is a stage applied to the policy of its parent. What it changes is a funct
 of a user can turn a control into something else. To add a run, add an entry here.
 """
 
-import zlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,11 +50,6 @@ class Run:
     def parents(self) -> list[str]:
         """The runs whose results it needs."""
         return [name for name in (self.parent, self.proxy) if name]
-
-
-def seed_of(what: str, seed: int) -> int:
-    """The seed of one draw of replication ``seed``, from the names alone: other runs in the plan change nothing."""
-    return zlib.crc32(f"{what} {seed}".encode())
 
 
 def plan(profile: Profile) -> list[Run]:
@@ -108,7 +102,7 @@ def controls(profile: Profile) -> list[Run]:
     def add(
         name: str, stage: StageKind, parent: str, changes: dict[str, Any] | None = None, curve: bool = False, **more
     ):
-        runs.append(Run(name, stage, parent, changes or {}, "controls", curve, **more))
+        runs.append(Run(name, stage, parent, changes or {}, "controls", curve=curve, **more))
 
     rl, sft = profile.rl, profile.sft
     add("sft-sft", "sft", "sft", {"sft.steps": rl.steps})  # as many further SFT steps as RL takes

@@ -4,13 +4,12 @@ A *profile* is a YAML file in ``profiles/``. What is run with its numbers is the
 them, that of `study`.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0, lt=0.5)]
 Count = Annotated[int, Field(gt=0)]
 
 
@@ -34,12 +33,21 @@ class Data(Section):
     labels: Literal["annotated", "truth"] = "annotated"
     train_size: Count | None = None
     dev_size: Count | None = None
-    disagreement: Rate | dict[str, Rate] | None = None
+    disagreement: float | dict[str, float] | None = None
 
     @property
     def generated(self) -> bool:
         """Whether the corpus is the generated one, whose disagreement is known."""
         return self.source == "generated" and self.folder is None
+
+    @field_validator("disagreement", mode="before")
+    @classmethod
+    def rates_say_something(cls, value: Any) -> Any:
+        rates = value.values() if isinstance(value, dict) else [] if value is None else [value]
+        for rate in rates:
+            if type(rate) not in (int, float) or not 0 <= rate < 0.5:
+                raise ValueError(f"a rate must be a number of at least 0 and less than 0.5, not {rate!r}")
+        return value
 
     @model_validator(mode="after")
     def generated_corpus_is_described(self) -> "Data":
@@ -130,6 +138,12 @@ class Pretrain(Section):
             raise ValueError("sure_until must come before settled_at")
         if wrong := [name for name, pair in self.taught.items() if len(pair) != 2]:
             raise ValueError(f"taught.{wrong[0]} needs two probabilities, of unacceptable and of acceptable sentences")
+        return self
+
+    @model_validator(mode="after")
+    def both_are_read(self) -> "Pretrain":
+        if not 0 < round(self.text_share * self.batch_size) < self.batch_size:
+            raise ValueError(f"text_share ({self.text_share}) must leave both texts and chats in a batch")
         return self
 
 

@@ -2,9 +2,9 @@
 
 ``metrics.csv``: run, seed, split, and every metric of the finished policy. ``trajectories.csv``: run, seed, step, and
 the metrics on dev along the stage. ``answers.parquet``: run, seed, sentence, label, source, truth (the grammar's
-verdict, missing where it is unknown), log p of both answers (nats), sampled and greedy answer, and a reward model's two
-scores, on dev. ``costs.csv``: run, seed, stage, steps, seconds, memory, commit. ``provenance.json``:
-`contracts.ProvenanceFile`.
+verdict), agreement (probability of the likelier label; both missing where unknown), log p of both answers (nats),
+sampled and greedy answer, and a reward model's two scores, on dev. ``costs.csv``: run, seed, stage, steps, seconds,
+memory, commit. ``provenance.json``: `contracts.ProvenanceFile`.
 A run that serves all seeds has rows for each of them, so that runs can be paired.
 """
 
@@ -100,7 +100,7 @@ def read_results(study: Study | None, folder: Path) -> Results:
         where = f"'{folder.name}' was made by another version of this artifact, make reproduce renews it"
         study = study_of(folder.name, validated(provenance["parameters"], where), provenance["chosen"])
     metrics, trajectories, costs = (pd.read_csv(folder / name) for name in (METRICS, TRAJECTORIES, COSTS))
-    costs = costs.astype({"seed": "Int64"})  # data and base have none
+    costs = costs.astype({"seed": "Int64"})  # runs that serve all seeds have none
     return Results(study, folder, metrics, trajectories, pd.read_parquet(folder / ANSWERS), costs, provenance)
 
 

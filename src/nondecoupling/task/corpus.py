@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from nondecoupling.study import folders, provenance
-from nondecoupling.study.plan import seed_of
 from nondecoupling.study.profile import Data
 from nondecoupling.study.study import Study
 from nondecoupling.task import grammar, hub
+from nondecoupling.task.seeds import seed_of
 
 # CoLA 1.1's file names; the third is optional.
 FILES = {"train": "in_domain_train.tsv", "dev": "in_domain_dev.tsv", "dev_out": "out_of_domain_dev.tsv"}
@@ -88,7 +88,8 @@ def disagreement_by_source(data: Data) -> dict[str, float]:
         wrong = min(named ^ known)
         what = "is no phenomenon of the grammar" if wrong in named else "has no rate"
         raise ValueError(f"data.disagreement: '{wrong}' {what}; give one rate, or one for each of {sorted(known)}.")
-    return data.disagreement
+    # In the grammar's order, in which labels are drawn: the order that a user writes must not matter.
+    return {source: data.disagreement[source] for source in grammar.PHENOMENA}
 
 
 def generate_corpus(data: Data, seed: int, folder: Path) -> None:
@@ -205,6 +206,7 @@ def load_checked_corpus(study: Study, seed: int) -> pd.DataFrame:
     """The corpus of replication ``seed`` with the columns ``truth`` (the grammar's verdict) and ``agreement``.
 
     The agreement is q(x), the probability of a sentence's likelier label. Both are missing where nobody knows them.
+    Labels are the truth where the study says so.
     Raises FileNotFoundError if the data run is not finished, ValueError if its files are not those that it described.
     """
     data, run = study.profile.data, folders.run_folder(folders.study_folder(study), study.run("data"), seed)
@@ -218,7 +220,8 @@ def load_checked_corpus(study: Study, seed: int) -> pd.DataFrame:
     if not data.generated:
         return corpus.assign(truth=pd.Series(pd.NA, index=corpus.index, dtype="Int64"), agreement=np.nan)
     agreement = 1 - corpus["source"].map(disagreement_by_source(data))
-    return corpus.assign(truth=(corpus["mark"] == "").astype("Int64"), agreement=agreement)
+    corpus = corpus.assign(truth=(corpus["mark"] == "").astype("Int64"), agreement=agreement)
+    return with_true_labels(corpus) if data.labels == "truth" else corpus
 
 
 def with_true_labels(corpus: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,6 @@ from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nondecoupling.study.folders import answers_file
-from nondecoupling.study.plan import seed_of
 from nondecoupling.study.profile import Evaluation, Profile, Prompt
 from nondecoupling.task.corpus import fixed_subset, majority_reward
 from nondecoupling.task.prompts import (
@@ -22,6 +21,7 @@ from nondecoupling.task.prompts import (
     responses,
     reward,
 )
+from nondecoupling.task.seeds import seed_of
 from nondecoupling.training.generation import Prefix, batches
 
 OF_A_SENTENCE = ["sentence", "label", "source", "truth", "agreement"]  # columns of a corpus that answers keep

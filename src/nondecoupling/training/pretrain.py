@@ -10,10 +10,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from nondecoupling.study.plan import seed_of
 from nondecoupling.study.profile import Pretrain, Prompt
 from nondecoupling.task import grammar
 from nondecoupling.task.prompts import prompt_ids, prompt_messages, response_ids, responses
+from nondecoupling.task.seeds import seed_of
 from nondecoupling.training.generation import padded
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -122,9 +122,9 @@ def chat_loss(
 ) -> tuple[torch.Tensor, int]:
     """Summed loss (nats) and number of the answers' tokens in a chat about each sentence.
 
-    The question counts nothing: half of its sentences are ungrammatical, and no text to learn from. The first token of
-    the answer decides between the two, and its target is both, with their probabilities (sentences,): soft targets
-    teach how sure to be without the noise of labels that are drawn. The rest is that of the likelier answer.
+    The question counts nothing: half of its sentences are ungrammatical, and no text to learn from. The first token in
+    which the two answers differ decides between them, and its target is both, with their probabilities (sentences,):
+    soft targets teach how sure to be without the noise of labels that are drawn. The rest is the likelier answer's.
     """
     questions = prompt_ids(tokenizer, prompt, sentences)
     answers = [response_ids(tokenizer, text) for text in responses(prompt)]
@@ -134,9 +134,10 @@ def chat_loss(
     ids, _ = padded(chats, tokenizer.pad_token_id, "right")
     logp = model(ids).logits.log_softmax(-1)
     row, first = torch.arange(len(chats)), torch.tensor([len(question) for question in questions])
-    of_answers = logp[row, first - 1][:, [answer[0] for answer in answers]]
-    total, tokens = -(torch.stack([1 - p, p], 1) * of_answers).sum(), len(chats)
-    for place in range(1, max(map(len, answers))):  # the rest of the answer and its end
+    fork = next(place for place, (one, other) in enumerate(zip(*answers, strict=False)) if one != other)
+    at_fork = logp[row, first + fork - 1][:, [answer[fork] for answer in answers]]
+    total, tokens = -(torch.stack([1 - p, p], 1) * at_fork).sum(), len(chats)
+    for place in [place for place in range(max(map(len, answers))) if place != fork]:  # and the end of the turn
         longer = torch.tensor([len(answer) > place for answer in given])
         position = (first + place)[longer]
         total = total - logp[row[longer], position - 1, ids[row[longer], position]].sum()

@@ -37,7 +37,6 @@ from scipy.special import softmax
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from nondecoupling.study.plan import seed_of
 from nondecoupling.study.profile import Joint, Rl
 from nondecoupling.task.prompts import (
     TEMPLATE_OPTIONS,
@@ -49,6 +48,7 @@ from nondecoupling.task.prompts import (
     prompt_messages,
     reward,
 )
+from nondecoupling.task.seeds import seed_of
 from nondecoupling.training.evaluation import label_log_probabilities
 from nondecoupling.training.generation import Prefix, batches
 from nondecoupling.training.reward_model import label_scores, scores

@@ -11,11 +11,12 @@ from transformers import PrinterCallback, TrainerCallback
 
 from nondecoupling.study import folders, provenance
 from nondecoupling.study.fingerprint import fingerprint
-from nondecoupling.study.plan import Run, seed_of
+from nondecoupling.study.plan import Run
 from nondecoupling.study.profile import Joint, Profile, RewardModel, Rl, Sft
 from nondecoupling.study.study import Study
 from nondecoupling.task import corpus as corpora
 from nondecoupling.task.prompts import check_prefix, other_wordings, prompt_ids, response_ids, responses
+from nondecoupling.task.seeds import seed_of
 from nondecoupling.training import models
 from nondecoupling.training.base import base_folder
 from nondecoupling.training.evaluation import evaluation_tables, measure_policy
