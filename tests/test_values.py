@@ -28,11 +28,13 @@ def study_results(runs):
 
 
 def check(values, rows):
+    """Shares of a rise exist only in seeds in which something rose."""
     for row in rows:
         found = values.loc[values["claim"] == row["id"], "value"].dropna()
-        assert row["seeds"] == len(found) > 1
+        assert row["seeds"] == len(found) > 0
         assert row["estimate"] == pytest.approx(found.mean())
-        assert row["ci95"] == pytest.approx(list(stats.ttest_1samp(found, 0).confidence_interval(0.95)))
+        interval = list(stats.ttest_1samp(found, 0).confidence_interval(0.95)) if len(found) > 1 else None
+        assert row["ci95"] == (interval and pytest.approx(interval))
 
 
 def test_every_estimate_and_interval_comes_from_the_values():
