@@ -1,5 +1,6 @@
 """What is refused at once and in one sentence, and what the Makefile says when asked."""
 
+import json
 import re
 import socket
 
@@ -7,6 +8,7 @@ import pytest
 
 from making import REPOSITORY, environment, make
 from nondecoupling.study.study import load_study
+from nondecoupling.task import grammar
 from nondecoupling.workflow.__main__ import main
 
 
@@ -42,6 +44,7 @@ def no_kernel(monkeypatch):
         (["run", "--run", "sft", "--seed", "one"], ["--seed", "'one'"]),
         (["reproduce", "--seeds", "five"], ["'five'"]),
         (["reproduce", "--set", "sft.steps=0"], ["'sft.steps'"]),
+        (["reproduce", "--set", "data.disagreement=0.5"], ["'data.disagreement'", "0.5", "less than 0.5"]),
         (["reproduce", "--jobs", "0"], ["--jobs", "'0'"]),
         (["reproduce", "--sed", "0"], ["--sed"]),
         (["reprodce"], ["'reprodce'", "'reproduce'"]),
@@ -95,6 +98,21 @@ def test_a_target_that_is_no_result_of_the_study_is_refused(results, capfd, targ
     assert found in line
     assert printed.out == ""
     assert not results.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "found"), [({"aspect": 0.1}, "'aspect' is no phenomenon"), ({"case": None}, "'case' has no rate")]
+)
+def test_disagreement_about_other_phenomena_is_refused_before_make(results, monkeypatch, capsys, change, found):
+    rates = dict.fromkeys(grammar.PHENOMENA, 0.1) | change
+    text = json.dumps({source: rate for source, rate in rates.items() if rate}, separators=(",", ":"))
+    monkeypatch.setattr("nondecoupling.workflow.executor.run_make", lambda *_: pytest.fail("make was called"))
+    assert main(["reproduce", "--profile=tiny", f"--set=data.disagreement={text}"]) == 1
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
+    assert line.startswith("error: data.disagreement: ")
+    assert found in line
+    assert printed.out == ""
 
 
 def test_only_what_a_target_needs_is_counted(results, monkeypatch, capsys):

@@ -6,8 +6,10 @@ import hashlib
 import pandas as pd
 import pytest
 
+from conftest import make_data, tiny
+from nondecoupling.study import folders
 from nondecoupling.study.profile import Data
-from nondecoupling.task import corpus, hub
+from nondecoupling.task import corpus, grammar, hub
 
 AWKWARD = [
     ("s1", 1, "", 'He said "hello" and left.'),
@@ -24,7 +26,8 @@ COLA = {
     "out_of_domain_dev.tsv": (516, "201b9c57b2a20f1282242eec0ed8995729e3be19c29a46c047b3727338836c05", 0.6860),
 }
 
-SMALL = Data(source="generated", folder=None, expect="any", train_size=300, dev_size=110, disagreement=0.1, seed=7)
+SMALL = Data(source="generated", folder=None, expect="any", train_size=300, dev_size=110, disagreement=0.1)
+RATES = dict(zip(grammar.PHENOMENA, [0.0, 0.02, 0.05, 0.1, 0.125, 0.2, 0.25, 0.3, 0.4, 0.45, 0.49], strict=True))
 
 
 def write(folder, split="train", text="a\t1\t\tFine.\nb\t0\t*\tFine not.\n"):
@@ -133,16 +136,33 @@ def test_the_training_subset_is_fixed_and_of_training_sentences(hand_made):
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generated")
-    corpus.generate_corpus(SMALL, folder)
+    corpus.generate_corpus(SMALL, 7, folder)
     return folder
+
+
+def flips(table):
+    """Which labels are not the grammar's verdict."""
+    return (table["mark"] == "*") == (table["label"] == 1)
 
 
 def test_each_split_has_its_size_and_exactly_the_disagreement_asked_for(generated):
     table = corpus.load_corpus(generated)
     assert table["split"].value_counts().to_dict() == {"train": 300, "dev": 110}
-    flipped = table[(table["mark"] == "*") == (table["label"] == 1)]
-    assert flipped["split"].value_counts().to_dict() == {"train": 30, "dev": 11}
-    assert set(flipped["label"]) == {0, 1}
+    counts = table.groupby(["split", "source"]).size()
+    pd.testing.assert_series_equal(
+        flips(table).groupby([table["split"], table["source"]]).sum(), (0.1 * counts).round().astype(int)
+    )
+    assert set(table.loc[flips(table), "label"]) == {0, 1}
+
+
+def test_each_phenomenon_has_exactly_its_own_disagreement_in_each_split(tmp_path):
+    corpus.generate_corpus(SMALL.model_copy(update={"disagreement": RATES, "train_size": 1100}), 7, tmp_path)
+    table = corpus.load_corpus(tmp_path)
+    counts = flips(table).groupby([table["split"], table["source"]]).agg(["size", "sum"])
+    assert len(counts) == 2 * len(RATES)
+    for (split, source), (size, flipped) in counts.iterrows():
+        assert flipped == round(RATES[source] * size), (split, source)
+        assert size >= (90 if split == "train" else 5)
 
 
 def test_no_sentence_occurs_twice(generated):
@@ -151,23 +171,103 @@ def test_no_sentence_occurs_twice(generated):
 
 
 def test_without_disagreement_every_label_is_the_grammars(tmp_path):
-    corpus.generate_corpus(SMALL.model_copy(update={"disagreement": 0.0}), tmp_path)
+    corpus.generate_corpus(SMALL.model_copy(update={"disagreement": 0.0}), 7, tmp_path)
     table = corpus.load_corpus(tmp_path)
     assert ((table["mark"] == "") == (table["label"] == 1)).all()
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(generated, tmp_path):
     again, other = tmp_path / "again", tmp_path / "other"
-    for folder, data in ((again, SMALL), (other, SMALL.model_copy(update={"seed": 8}))):
+    for folder, seed in ((again, 7), (other, 8)):
         folder.mkdir()
-        corpus.generate_corpus(data, folder)
+        corpus.generate_corpus(SMALL, seed, folder)
     for name in ("in_domain_train.tsv", "in_domain_dev.tsv"):
         assert (again / name).read_bytes() == (generated / name).read_bytes()
         assert (other / name).read_bytes() != (generated / name).read_bytes()
+    one, two = corpus.load_corpus(generated), corpus.load_corpus(other)
+    assert len(set(one["sentence"]) & set(two["sentence"])) < 0.2 * len(one)
+    assert (flips(one) != flips(two)).any()
+
+
+def test_the_order_in_which_rates_are_written_changes_no_label(tmp_path):
+    """They name the same study."""
+    tables = []
+    for name, rates in (("one", RATES), ("other", dict(reversed(RATES.items())))):
+        (tmp_path / name).mkdir()
+        corpus.generate_corpus(SMALL.model_copy(update={"disagreement": rates}), 7, tmp_path / name)
+        tables.append(corpus.load_corpus(tmp_path / name))
+    pd.testing.assert_frame_equal(*tables)
+
+
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        (RATES | {"tence": 0.1}, "'tence' is no phenomenon of the grammar"),
+        ({source: rate for source, rate in RATES.items() if source != "wh"}, "'wh' has no rate"),
+        ({}, "'agreement' has no rate"),
+    ],
+)
+def test_a_phenomenon_that_is_unknown_or_left_out_is_named(rates, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        corpus.disagreement_by_source(SMALL.model_copy(update={"disagreement": rates}))
+    assert "one rate, or one for each of ['agreement', 'argument'," in str(caught.value)
+
+
+# The corpus that stages read
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """The corpus of seed 1 of the tiny study with some settings changed, after chapter 1."""
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
+
+    def read(changes):
+        study = tiny(changes)
+        return make_data(study, 1), corpus.load_checked_corpus(study, 1)
+
+    return read
+
+
+@pytest.mark.parametrize("rates", [0.2, RATES])
+def test_truth_and_agreement_are_known_of_every_generated_sentence(read, rates):
+    folder, table = read({"data.disagreement": rates})
+    assert folder.parts[-2:] == ("seed1", "data")
+    assert (table["truth"] == table["mark"].map({"": 1, "*": 0})).all()
+    expected = [1 - (rates if rates == 0.2 else rates[source]) for source in table["source"]]
+    assert table["agreement"].tolist() == expected
+    assert flips(table).any()
+    true = corpus.with_true_labels(table)
+    assert (true["label"] == table["truth"]).all()
+    assert (true["agreement"] == 1.0).all()
+
+
+def test_a_study_of_true_labels_has_them_everywhere(read):
+    """Also where its base is measured."""
+    _, table = read({"data.labels": "truth"})
+    assert not flips(table).any()
+    assert (table["agreement"] == 1.0).all()
+
+
+def test_nobody_knows_truth_and_agreement_of_real_sentences(read, tmp_path):
+    for split in ("train", "dev"):
+        write(tmp_path, split)
+    folder, table = read({"data.folder": str(tmp_path)})
+    assert folder == folders.results_root() / "tiny" / "data"  # once
+    assert table["truth"].isna().all()
+    assert table["agreement"].isna().all()
+    assert table["agreement"].dtype == float
+
+
+def test_seeds_of_a_study_have_other_sentences_and_each_its_own(read):
+    _, table = read({})
+    make_data(tiny(), 0)
+    other = corpus.load_checked_corpus(tiny(), 0)
+    assert table["sentence"].is_unique
+    assert len(set(table["sentence"]) & set(other["sentence"])) < 0.2 * len(table)
 
 
 def test_more_disagreement_changes_labels_and_no_sentence(generated, tmp_path):
-    corpus.generate_corpus(SMALL.model_copy(update={"disagreement": 0.3}), tmp_path)
+    corpus.generate_corpus(SMALL.model_copy(update={"disagreement": 0.3}), 7, tmp_path)
     few, many = corpus.load_corpus(generated), corpus.load_corpus(tmp_path)
     assert (few["sentence"] == many["sentence"]).all()
     assert (few["mark"] == many["mark"]).all()
@@ -206,7 +306,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 
 def test_cola_itself_is_what_is_expected(cola, tmp_path):
     data = Data(source="hub", folder=str(cola), expect="cola")
-    assert corpus.collect_corpus(data, tmp_path) == cola
+    assert corpus.collect_corpus(data, 0, tmp_path) == cola
 
 
 def test_a_changed_file_is_named_with_both_hashes(cola, tmp_path):
@@ -218,8 +318,8 @@ def test_a_changed_file_is_named_with_both_hashes(cola, tmp_path):
     with pytest.raises(
         ValueError, match=f"in_domain_dev.tsv has sha256 {found}, but CoLA 1.1's is 77176f6a.*expect=any"
     ):
-        corpus.collect_corpus(Data(source="hub", folder=str(tmp_path), expect="cola"), tmp_path)
-    assert corpus.collect_corpus(Data(source="hub", folder=str(tmp_path), expect="any"), tmp_path) == tmp_path
+        corpus.collect_corpus(Data(source="hub", folder=str(tmp_path), expect="cola"), 0, tmp_path)
+    assert corpus.collect_corpus(Data(source="hub", folder=str(tmp_path), expect="any"), 0, tmp_path) == tmp_path
 
 
 @pytest.fixture
@@ -234,7 +334,7 @@ def test_glue_becomes_the_same_corpus_with_the_two_dev_sets_apart(glue, cola, tm
     for split, table in glue.items():
         table.to_parquet(tmp_path / f"{split}.parquet")
     monkeypatch.setattr(hub, "fetch_glue", lambda: {split: tmp_path / f"{split}.parquet" for split in glue})
-    folder = corpus.collect_corpus(Data(source="hub", folder=None, expect="cola"), tmp_path)
+    folder = corpus.collect_corpus(Data(source="hub", folder=None, expect="cola"), 0, tmp_path)
     found, expected = corpus.load_corpus(folder), corpus.load_corpus(cola)
     same = ["split", "sentence", "label"]
     pd.testing.assert_frame_equal(found[same], expected[same])

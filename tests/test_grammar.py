@@ -245,6 +245,21 @@ def test_flips_always_meet_the_total_and_fit_the_classes(rate):
             assert abs(flipped[table["mark"] == ""].sum() - rate * acceptable) <= 1
 
 
+def test_flips_by_source_are_counted_within_each_and_concern_no_other():
+    table = pd.concat([table_of(30, 10).assign(source=source) for source in "abc"], ignore_index=True)
+    noisy = grammar.flip_labels(table, {"b": 0.2, "a": 0.0, "c": 0.475}, seed=0)
+    flipped = noisy["label"] != table["label"]
+    assert flipped.groupby([table["source"], table["mark"]]).sum().tolist() == [
+        0,
+        0,
+        6,
+        2,
+        14,
+        5,
+    ]  # 19 of 40, 4.75 of the starred ten
+    pd.testing.assert_frame_equal(noisy.drop(columns="label"), table.drop(columns="label"))
+
+
 def test_flips_depend_on_the_seed_alone():
     table = table_of(300, 100)
     first, again, other = (grammar.flip_labels(table, 0.2, seed=seed) for seed in (1, 1, 2))
@@ -288,7 +303,7 @@ def test_negative_count_is_an_error():
         grammar.sample_sentences(-1, seed=0)
 
 
-@pytest.mark.parametrize("rate", [-0.1, 0.5, 1.0, math.nan])
+@pytest.mark.parametrize("rate", [-0.1, 0.5, 1.0, math.nan, {"x": 0.1, "y": 0.5}])
 def test_impossible_rate_is_an_error(rate):
     with pytest.raises(ValueError, match="rate must be at least 0 and below 0.5"):
-        grammar.flip_labels(table_of(3, 3), rate, seed=0)
+        grammar.flip_labels(table_of(3, 3).assign(source="x"), rate, seed=0)

@@ -1,79 +1,277 @@
-"""The embedded base: what its loss counts, what it may read, and when pretraining ends."""
+"""The embedded base: what its two losses count, what it may read, and that a seed decides everything about it."""
 
+import math
+from types import SimpleNamespace
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from nondecoupling.study.study import load_study
-from nondecoupling.task import prompts
+from nondecoupling.task import corpus, prompts
 from nondecoupling.training import pretrain
+
+TINY = load_study("tiny").profile
+ROWS = pd.DataFrame(
+    {
+        "sentence": ["The boys slept.", "Anna saw.", "The tall girl near the boxes are here.", "He slept."],
+        "label": [1, 0, 0, 1],
+        "p_right": [0.8, 0.8, 0.4, 0.6],
+    }
+)
+ANSWERS = [("unacceptable", "acceptable"), ("it is not fine", "it is fine"), ("fine not", "fine"), ("no", "well yes")]
 
 
 @pytest.fixture(scope="module")
 def model(nano_tokenizer):
-    return pretrain.new_model(load_study("tiny").profile.pretrain, nano_tokenizer).eval()
+    """A model with weights so large that it favours some tokens."""
+    model = pretrain.new_model(TINY.pretrain, nano_tokenizer, seed=0).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return model
 
 
 @pytest.fixture
 def grow(tmp_path):
-    """Pretrains on 300 sentences with some other settings changed, and returns the probe's history."""
-    settings = load_study("tiny").profile
+    """Pretrains on 300 sentences with some other settings changed; returns history, weights and the folder."""
 
-    def grow(**changes):
-        changed = settings.pretrain.model_copy(update={"corpus_size": 300} | changes)
-        return pretrain.pretrain(changed, settings.prompt, settings.evaluation, set(), tmp_path / "policy")
+    def grow(seed=0, exclude=(), name="policy", **changes):
+        changed = TINY.pretrain.model_copy(update={"corpus_size": 300, "steps": 3} | changes)
+        history = pretrain.pretrain(changed, TINY.prompt, set(exclude), tmp_path / name, seed)
+        return history, (tmp_path / name / "model.safetensors").read_bytes(), tmp_path / name
 
     return grow
 
 
-def test_the_loss_is_the_weighted_mean_over_tokens_without_padding(model):
-    rows = [([5, 6, 7, 8, 9], [0.0, 0.0, 0.0, 1.0, 1.0]), ([10, 11, 12], [0.3, 0.3, 0.3])]
-    total = weights = 0.0
+def wording(unacceptable, acceptable):
+    return TINY.prompt.model_copy(update={"unacceptable": unacceptable, "acceptable": acceptable})
+
+
+def answers_of(tokenizer, prompt):
+    """Token ids of both answers, and the place where they part."""
+    answers = [prompts.response_ids(tokenizer, text) for text in prompts.responses(prompt)]
+    return answers, next(place for place in range(9) if answers[0][place] != answers[1][place])
+
+
+# The answers' loss
+
+
+@pytest.mark.parametrize("answers", ANSWERS)
+def test_an_answers_loss_is_that_of_both_where_they_part_and_its_own_elsewhere(model, nano_tokenizer, answers):
+    """Row by row, in forward passes without padding."""
+    prompt = wording(*answers)
+    ids, fork = answers_of(nano_tokenizer, prompt)
+    total = tokens = 0
+    for sentence, label, p in ROWS.itertuples(index=False):
+        [question] = prompts.prompt_ids(nano_tokenizer, prompt, [sentence])
+        with torch.no_grad():
+            logp = model(torch.tensor([question + ids[label]])).logits[0].log_softmax(-1)[len(question) - 1 :]
+        total -= p * logp[fork, ids[label][fork]].item() + (1 - p) * logp[fork, ids[1 - label][fork]].item()
+        total -= sum(logp[place, token].item() for place, token in enumerate(ids[label]) if place != fork)
+        tokens += len(ids[label])
     with torch.no_grad():
-        for ids, weight in rows:
-            logp = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
-            for place in range(1, len(ids)):
-                total -= weight[place] * logp[place - 1, ids[place]].item()
-                weights += weight[place]
-        assert pretrain.weighted_loss(model, rows, pad=0).item() == pytest.approx(total / weights, rel=1e-5)
+        loss, counted = pretrain.chat_loss(model, nano_tokenizer, prompt, ROWS)
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+    assert counted == tokens
 
 
-def test_chats_count_the_answer_only_and_text_counts_whole(nano_tokenizer, nano_prompt):
-    [(ids, weights), (other, _)] = pretrain.encode_chats(
-        nano_tokenizer, nano_prompt, [("The boys slept.", 1), ("The boys slept.", 0)]
-    )
-    [question] = prompts.prompt_ids(nano_tokenizer, nano_prompt, ["The boys slept."])
-    answer = prompts.response_ids(nano_tokenizer, "acceptable")
-    assert ids == question + answer
-    assert weights == [0.0] * len(question) + [1.0] * len(answer)
-    assert other == question + prompts.response_ids(nano_tokenizer, "unacceptable")
-    text, weights = pretrain.encode_text(nano_tokenizer, "The boys slept.", 0.3)
-    assert nano_tokenizer.decode(text) == "The boys slept.<|endoftext|>"
-    assert weights == [0.3] * len(text)
+def test_the_cases_are_answers_of_one_and_of_several_tokens_that_part_soon_and_late(nano_tokenizer):
+    shapes = {
+        (*map(len, ids), fork) for ids, fork in (answers_of(nano_tokenizer, wording(*texts)) for texts in ANSWERS)
+    }
+    assert (2, 2, 0) in shapes
+    assert any(fork > 0 for *_, fork in shapes)
+    assert any(one != other for one, other, _ in shapes)
+    assert len(shapes) == len(ANSWERS)
+
+
+def test_padding_and_other_rows_do_not_matter(model, nano_tokenizer):
+    with torch.no_grad():
+        whole, tokens = pretrain.chat_loss(model, nano_tokenizer, TINY.prompt, ROWS)
+        alone = [pretrain.chat_loss(model, nano_tokenizer, TINY.prompt, ROWS[place : place + 1]) for place in range(4)]
+    assert whole.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-5)
+    assert tokens == sum(count for _, count in alone) == 8
+
+
+class Told:
+    """A model that gives an answer's tokens the probability 1, but where the answers part: there the odds that it has.
+
+    ``logits`` belong to both answers' tokens at the fork and are the only weights.
+    """
+
+    def __init__(self, tokenizer, prompt, p_acceptable):
+        self.answers, self.fork = answers_of(tokenizer, prompt)
+        self.logits = torch.log(torch.tensor([1 - p_acceptable, p_acceptable])).requires_grad_()
+        self.size = len(tokenizer)
+
+    def __call__(self, ids):
+        logits = torch.full((*ids.shape, self.size), -1e4)
+        logits[:, :-1].scatter_(2, ids[:, 1:, None], 0.0)
+        for row, question in enumerate(self.lengths(ids)):
+            place = question + self.fork - 1
+            logits[row, place] = -1e4
+            for label in (0, 1):
+                logits[row, place, self.answers[label][self.fork]] = self.logits[label]
+        return SimpleNamespace(logits=logits)
+
+    def lengths(self, ids):
+        """Of the questions: an answer comes last, and shorter rows end in padding."""
+        found = []
+        for row in ids.tolist():
+            starts = [p for p in range(len(row)) if any(row[p : p + len(a)] == a for a in self.answers)]
+            found.append(starts[-1])
+        return found
+
+
+@pytest.mark.parametrize("answers", ANSWERS[:2])
+@pytest.mark.parametrize(("label", "p_right"), [(1, 0.8), (0, 0.8), (0, 0.4), (1, 1.0)])
+def test_the_loss_is_least_where_the_right_answer_is_as_likely_as_it_should_be(nano_tokenizer, answers, label, p_right):
+    prompt = wording(*answers)
+    rows = pd.DataFrame({"sentence": ["The boys slept.", "He slept."], "label": label, "p_right": p_right})
+
+    def loss_at(p):
+        told = Told(nano_tokenizer, prompt, p if label else 1 - p)
+        loss, _ = pretrain.chat_loss(told, nano_tokenizer, prompt, rows)
+        loss.backward()
+        return loss.item() / 2, told.logits.grad[label].item() / 2
+
+    for p in (0.1, 0.4, 0.6, 0.8, 0.95):
+        loss, slope = loss_at(p)
+        wrong = (1 - p_right) * math.log(1 - p) if p_right < 1 else 0
+        assert loss == pytest.approx(-p_right * math.log(p) - wrong, abs=1e-4)  # cross-entropy, least at p_right
+        assert slope == pytest.approx(p - p_right, abs=1e-5)
+
+
+# The text's loss
+
+
+def test_text_counts_whole_with_its_end_and_without_padding(model, nano_tokenizer):
+    total = tokens = 0
+    for text in ROWS["sentence"]:
+        ids = nano_tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert nano_tokenizer.decode(ids) == text
+        ids.append(nano_tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+        with torch.no_grad():
+            logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(logp[place - 1, ids[place]].item() for place in range(1, len(ids)))
+        tokens += len(ids) - 1
+    with torch.no_grad():
+        loss, counted = pretrain.text_loss(model, nano_tokenizer, ROWS["sentence"].tolist())
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+    assert counted == tokens
+
+
+# What it reads
 
 
 def test_the_base_reads_no_sentence_of_the_study():
-    settings = load_study("tiny").profile.pretrain
-    exclude = set(pretrain.pretraining_sentences(settings, set())["sentence"][:500])  # it would read them otherwise
-    read = pretrain.pretraining_sentences(settings, exclude)
-    assert len(read) == read["sentence"].nunique() == settings.corpus_size + settings.probe_size
+    settings = TINY.pretrain
+    exclude = set(pretrain.pretraining_sentences(settings, set(), 0)["sentence"][:500])  # it would read them otherwise
+    read = pretrain.pretraining_sentences(settings, exclude, 0)
+    assert len(read) == read["sentence"].nunique() == settings.corpus_size
     assert not exclude & set(read["sentence"])
     assert read["label"].mean() == 0.5
     assert ((read["mark"] == "") == (read["label"] == 1)).all()
 
 
-def test_the_probe_is_balanced_accuracy(grow, monkeypatch):
-    labels, logp = [1, 1, 1, 0], [-0.1, -3.0, -0.2, -2.0]
-    table = pd.DataFrame({"label": labels, "logp_acceptable": logp, "logp_unacceptable": -1.0})
-    monkeypatch.setattr(pretrain, "predict", lambda *_: table)
-    assert grow(probe_every=1)["probe"].tolist() == [pytest.approx((2 / 3 + 1) / 2)]
+def test_sentences_of_a_seed_are_disjoint_and_those_of_another_seed_are_others(tmp_path):
+    by_seed = {}
+    for seed in (0, 1):
+        corpus.generate_corpus(TINY.data, seed, tmp_path)
+        study = corpus.load_corpus(tmp_path)
+        read = pretrain.pretraining_sentences(TINY.pretrain, set(study["sentence"]), seed)
+        by_seed[seed] = [set(table["sentence"]) for _, table in study.groupby("split")] + [set(read["sentence"])]
+        assert len(set.union(*by_seed[seed])) == sum(map(len, by_seed[seed])) == 400 + 60 + 3000
+    for one, other in zip(by_seed[0], by_seed[1], strict=True):
+        assert len(one & other) < 0.2 * len(one)
 
 
-@pytest.mark.parametrize("probe_every", [1, 5])
-def test_pretraining_that_does_not_reach_its_target_says_what_to_change(grow, tmp_path, probe_every):
-    with pytest.raises(RuntimeError, match=r"below pretrain\.probe_target=1\.0; raise pretrain\.max_steps"):
-        grow(max_steps=2, probe_every=probe_every, probe_target=1.0)
+def test_a_base_is_to_be_sure_of_what_it_is_taught_and_to_lean_elsewhere():
+    settings = TINY.pretrain.model_copy(update={"taught": ["case", "wh"], "sureness": 0.8, "untaught": 0.6})
+    read = pretrain.pretraining_sentences(settings, set(), 0)
+    taught = read["source"].isin(["case", "wh"])
+    assert (read.loc[taught, "p_right"] == 0.8).all()
+    for label, p_right in ((1, 0.6), (0, 0.4)):
+        assert read.loc[~taught & (read["label"] == label), "p_right"].to_numpy() == pytest.approx(p_right)
+
+
+def test_each_step_reads_chats_and_grammatical_text_and_nothing_that_is_excluded(grow, monkeypatch):
+    chats, texts, chat_loss, text_loss = [], [], pretrain.chat_loss, pretrain.text_loss
+
+    def chats_noted(model, tokenizer, prompt, rows):
+        chats.append(rows)
+        return chat_loss(model, tokenizer, prompt, rows)
+
+    def texts_noted(model, tokenizer, read):
+        texts.append(read)
+        return text_loss(model, tokenizer, read)
+
+    monkeypatch.setattr(pretrain, "chat_loss", chats_noted)
+    monkeypatch.setattr(pretrain, "text_loss", texts_noted)
+    exclude = {"The boy slept."}
+    settings = TINY.pretrain.model_copy(update={"corpus_size": 300})
+    known = pretrain.pretraining_sentences(settings, exclude, 4).set_index("sentence")
+    grow(4, exclude, batch_size=20, text_share=0.3)
+    assert [len(rows) for rows in chats] == [14] * 3
+    assert [len(read) for read in texts] == [6] * 3
+    for rows in chats:
+        assert rows["sentence"].is_unique
+        pd.testing.assert_frame_equal(rows.set_index("sentence"), known.loc[rows["sentence"]])
+    assert (known.loc[sum(texts, []), "label"] == 1).all()
+
+
+# Training
+
+
+def test_it_takes_as_many_steps_as_it_should_and_notes_the_answers_loss(grow):
+    history, _, _ = grow(steps=5)
+    assert history.columns.tolist() == ["step", "loss"]
+    assert history["step"].tolist() == [1, 2, 3, 4, 5]
+    uniform = 2 * math.log(TINY.pretrain.vocabulary)  # of an answer and its end, to a model that knows nothing
+    assert history["loss"].iloc[0] == pytest.approx(uniform, rel=0.1)
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+
+
+def test_text_counts_by_its_weight(grow, monkeypatch):
+    without = grow(text_weight=0.0)[1]
+    assert without != grow(text_weight=0.3)[1]
+    text_loss = pretrain.text_loss
+    monkeypatch.setattr(pretrain, "text_loss", lambda *given: (100 * text_loss(*given)[0], 7))
+    assert without == grow(text_weight=0.0)[1]
+
+
+def test_a_seed_decides_every_weight_and_token(grow):
+    (one, weights, folder), (again, same, other_folder) = grow(2), grow(2, name="again")
+    pd.testing.assert_frame_equal(one, again, check_exact=True)
+    assert weights == same
+    assert (folder / "tokenizer.json").read_bytes() == (other_folder / "tokenizer.json").read_bytes()
+    other, others, _ = grow(3)
+    assert weights != others
+    assert (one["loss"] != other["loss"]).all()
+
+
+def test_the_weights_that_it_starts_from_are_the_seeds_own(nano_tokenizer):
+    starts = [pretrain.new_model(TINY.pretrain, nano_tokenizer, seed).state_dict() for seed in (0, 0, 1)]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(starts[0][name], starts[1][name])
+    assert not np.allclose(starts[0][name], starts[2][name])
+
+
+def test_a_phenomenon_that_nobody_can_teach_is_named(grow, tmp_path):
+    with pytest.raises(ValueError, match=r"pretrain\.taught: 'cace' is no phenomenon of the grammar"):
+        grow(taught=["case", "cace"])
     assert not (tmp_path / "policy").exists()
+
+
+@pytest.mark.parametrize("profile", ["nano", "tiny"])
+def test_what_the_profiles_teach_is_in_the_grammar(profile):
+    settings = load_study(profile).profile.pretrain
+    read = pretrain.pretraining_sentences(settings.model_copy(update={"corpus_size": 220}), set(), 0)
+    assert set(settings.taught) <= set(read["source"])
 
 
 def test_a_finished_base_is_saved_in_the_standard_layout(built_base):
