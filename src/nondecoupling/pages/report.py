@@ -27,6 +27,7 @@ from nondecoupling.analysis.tables import (
 from nondecoupling.study import folders
 from nondecoupling.study.contracts import ClaimRow, TheoryFile
 from nondecoupling.study.plan import NAMES, STATES
+from nondecoupling.study.profile import Data
 from nondecoupling.study.results import Results, read_results
 from nondecoupling.study.study import Study, changed_settings, load_profile
 
@@ -65,6 +66,23 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def what_is_repeated(study: Study) -> str:
+    """What every replication draws for itself, and what is there once, in words."""
+    if study.run("base").once:
+        return "each draws every stage; the sentences and the base model are the same for all"
+    if study.run("data").once:
+        return "each draws base model and every stage; the sentences are the same for all"
+    return "each draws sentences, annotators, base model and every stage"
+
+
+def disagreement_text(data: Data) -> str:
+    """The known disagreement of a generated corpus, in words: one rate, or the range of those of its phenomena."""
+    rates = data.disagreement
+    if not isinstance(rates, dict):
+        return f"{100 * (rates or 0):g} %"
+    return f"{100 * min(rates.values()):g} to {100 * max(rates.values()):g} %, by phenomenon,"
+
+
 def as_image(path: Path) -> str:
     """An SVG file as a data URI."""
     return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
@@ -86,6 +104,8 @@ def content_of(results: Results) -> dict[str, Any]:
         "profile": study.profile,
         "changed": changed_settings(load_profile(study.profile.name), study.profile),
         "seeds": results.seeds,
+        "repeated": what_is_repeated(study),
+        "disagreement": disagreement_text(study.profile.data),
         "headline": [row for row in rows if row["id"] in ("A1", "B1", "B3", "O1")],
         "experiments": claim_group(rows_of(rows, "AB")),
         "own": claim_group(rows_of(rows, "O")),
