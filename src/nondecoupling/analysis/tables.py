@@ -1,5 +1,6 @@
 """Rows and metrics as tables for reading: in notebooks, on the report and in the README."""
 
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,27 @@ def paper_numbers_table() -> pd.DataFrame:
     return pd.DataFrame({"changed sentences": changed, "share of 527": changed / 527, "p": p})
 
 
+def seconds_of(costs: pd.DataFrame) -> pd.Series:
+    """How long each run took, its measurements included."""
+    started, finished = (costs[end].map(datetime.fromisoformat) for end in ("started", "finished"))
+    return (finished - started).dt.total_seconds()
+
+
+def cost_sentence(results: Results) -> str:
+    """How long a replication takes, by group of the plan, and on what: mean over replications of one core's seconds."""
+    seconds, shared = seconds_of(results.costs), results.provenance["shared"]
+    words = {"main": "both experiments", "controls": "controls and joint training", "sweep": "other betas"}
+    parts = []
+    for group, what in words.items():
+        runs = [run.name for run in results.study.runs_of(group)]
+        total = seconds[results.costs["run"].isin(runs)].sum()
+        if total:
+            parts.append(f"{total / len(results.seeds):.0f} s for {what}")
+    machine = shared["gpu"] or f"one core of {shared['cpu']}"
+    took = f"On {machine} a replication took {', '.join(parts)}, besides the start of each notebook"
+    return f"{took} (mean of {len(results.seeds)})."
+
+
 # The README's tables
 
 
@@ -143,4 +165,7 @@ def readme_parts(results: Results) -> dict[str, str]:
     if others and results.has(*others):
         tables = [claims_table(rows_of(rows, letter)) for letter in "KJ"]
         parts[f"{results.study.name}, controls"] = [*tables, policies_table(results.final(*others))]
-    return {name: "\n\n".join(map(markdown_table, tables)) for name, tables in parts.items()}
+    words = {"findings": outcomes(rows_of(rows, "ABO")), "cost": cost_sentence(results)}
+    return {name: "\n\n".join(map(markdown_table, tables)) for name, tables in parts.items()} | {
+        f"{results.study.name}, {part}": text for part, text in words.items()
+    }

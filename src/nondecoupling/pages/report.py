@@ -5,7 +5,6 @@ nothing: figures are inside.
 """
 
 import base64
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from nondecoupling.analysis.tables import (
     claims_table,
     policies_table,
     rows_of,
+    seconds_of,
     states_table,
     sweep_table,
     theorems_and_tests,
@@ -43,12 +43,6 @@ def claim_group(chosen: list[ClaimRow]) -> list[dict[str, Any]]:
         {"id": row["id"], "verdict": row["verdict"], "note": row["note"], "cells": record}
         for row, record in zip(chosen, cells, strict=True)
     ]
-
-
-def seconds_of(costs: pd.DataFrame) -> pd.Series:
-    """How long each run took, its measurements included."""
-    started, finished = (costs[end].map(datetime.fromisoformat) for end in ("started", "finished"))
-    return (finished - started).dt.total_seconds()
 
 
 def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
