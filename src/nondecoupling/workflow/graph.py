@@ -78,7 +78,8 @@ def parts_of(study: Study, seeds: list[int], groups: Collection[str]) -> list[Pa
     parts = [*runs, tables]
     for name, read in SUMMARIES.items():
         if name in groups or name != "controls":
-            needs = [part.target for run in study.runs_of(*read) for part in by_run.get(run.name, [])]
+            read_runs = {run.name for run in study.runs_of(*read)}
+            needs = [part.target for part in runs if part.name in read_runs]  # one seed after the other, as make goes
             if name == "claims":
                 needs += [part.target for part in parts if part.name in ("theory", "controls")]
             parts.append(Part(name, None, f"{name}.json", needs, [tables.target]))
