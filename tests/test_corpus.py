@@ -203,14 +203,14 @@ def test_the_order_in_which_rates_are_written_changes_no_label(tmp_path):
     ("rates", "words"),
     [
         (RATES | {"tence": 0.1}, "'tence' is no phenomenon of the grammar"),
-        ({source: rate for source, rate in RATES.items() if source != "wh"}, "'wh' has no rate"),
-        ({}, "'agreement' has no rate"),
+        ({source: rate for source, rate in RATES.items() if source != "wh"}, "'wh' is missing"),
+        ({}, "'agreement' is missing"),
     ],
 )
 def test_a_phenomenon_that_is_unknown_or_left_out_is_named(rates, words):
     with pytest.raises(ValueError, match=words) as caught:
         corpus.disagreement_by_source(SMALL.model_copy(update={"disagreement": rates}))
-    assert "one rate, or one for each of ['agreement', 'argument'," in str(caught.value)
+    assert "it must name each of agreement, determiner," in str(caught.value)
 
 
 # The corpus that stages read

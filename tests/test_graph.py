@@ -121,7 +121,7 @@ def rewritten(root):
         ({}, set()),
         ({"rl.reward": "robust"}, {"rl", "sft-rl", "theory", "claims"}),
         ({"sft.steps": 7}, {"sft", "rl-sft"}),
-        ({"pretrain.taught": ["case"]}, {"base"}),
+        ({"pretrain.steps": 7}, {"base"}),
         ({"adaptation.rank": 2}, {"sft", "sft-rl", "rl", "rl-sft"}),
         ({"data.disagreement": 0.2}, MAIN | {"theory", "claims"}),
         ({"evaluation.train_size": 5}, MAIN - {"data"}),

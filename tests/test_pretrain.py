@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nondecoupling.study.study import load_study
-from nondecoupling.task import corpus, prompts
+from nondecoupling.task import corpus, grammar, prompts
 from nondecoupling.training import pretrain
 
 TINY = load_study("tiny").profile
@@ -17,7 +17,7 @@ ROWS = pd.DataFrame(
     {
         "sentence": ["The boys slept.", "Anna saw.", "The tall girl near the boxes are here.", "He slept."],
         "label": [1, 0, 0, 1],
-        "p_right": [0.8, 0.8, 0.4, 0.6],
+        "p_acceptable": [0.8, 0.2, 0.4, 0.6],
     }
 )
 ANSWERS = [("unacceptable", "acceptable"), ("it is not fine", "it is fine"), ("fine not", "fine"), ("no", "well yes")]
@@ -47,6 +47,10 @@ def grow(tmp_path):
     return grow
 
 
+def chat_loss(model, tokenizer, prompt, rows):
+    return pretrain.chat_loss(model, tokenizer, prompt, rows["sentence"].tolist(), rows["p_acceptable"].to_numpy())
+
+
 def wording(unacceptable, acceptable):
     return TINY.prompt.model_copy(update={"unacceptable": unacceptable, "acceptable": acceptable})
 
@@ -66,7 +70,8 @@ def test_an_answers_loss_is_that_of_both_where_they_part_and_its_own_elsewhere(m
     prompt = wording(*answers)
     ids, fork = answers_of(nano_tokenizer, prompt)
     total = tokens = 0
-    for sentence, label, p in ROWS.itertuples(index=False):
+    for sentence, label, p_acceptable in ROWS.itertuples(index=False):
+        p = p_acceptable if label else 1 - p_acceptable  # the likelier answer is the label's
         [question] = prompts.prompt_ids(nano_tokenizer, prompt, [sentence])
         with torch.no_grad():
             logp = model(torch.tensor([question + ids[label]])).logits[0].log_softmax(-1)[len(question) - 1 :]
@@ -74,7 +79,7 @@ def test_an_answers_loss_is_that_of_both_where_they_part_and_its_own_elsewhere(m
         total -= sum(logp[place, token].item() for place, token in enumerate(ids[label]) if place != fork)
         tokens += len(ids[label])
     with torch.no_grad():
-        loss, counted = pretrain.chat_loss(model, nano_tokenizer, prompt, ROWS)
+        loss, counted = chat_loss(model, nano_tokenizer, prompt, ROWS)
     assert loss.item() == pytest.approx(total, rel=1e-5)
     assert counted == tokens
 
@@ -91,8 +96,8 @@ def test_the_cases_are_answers_of_one_and_of_several_tokens_that_part_soon_and_l
 
 def test_padding_and_other_rows_do_not_matter(model, nano_tokenizer):
     with torch.no_grad():
-        whole, tokens = pretrain.chat_loss(model, nano_tokenizer, TINY.prompt, ROWS)
-        alone = [pretrain.chat_loss(model, nano_tokenizer, TINY.prompt, ROWS[place : place + 1]) for place in range(4)]
+        whole, tokens = chat_loss(model, nano_tokenizer, TINY.prompt, ROWS)
+        alone = [chat_loss(model, nano_tokenizer, TINY.prompt, ROWS[place : place + 1]) for place in range(4)]
     assert whole.item() == pytest.approx(sum(loss.item() for loss, _ in alone), rel=1e-5)
     assert tokens == sum(count for _, count in alone) == 8
 
@@ -128,22 +133,22 @@ class Told:
 
 
 @pytest.mark.parametrize("answers", ANSWERS[:2])
-@pytest.mark.parametrize(("label", "p_right"), [(1, 0.8), (0, 0.8), (0, 0.4), (1, 1.0)])
-def test_the_loss_is_least_where_the_right_answer_is_as_likely_as_it_should_be(nano_tokenizer, answers, label, p_right):
+@pytest.mark.parametrize("target", [0.8, 0.2, 0.4, 1.0])
+def test_the_loss_is_least_where_the_answer_is_as_likely_as_it_should_be(nano_tokenizer, answers, target):
     prompt = wording(*answers)
-    rows = pd.DataFrame({"sentence": ["The boys slept.", "He slept."], "label": label, "p_right": p_right})
+    rows = pd.DataFrame({"sentence": ["The boys slept.", "He slept."], "p_acceptable": target})
 
     def loss_at(p):
-        told = Told(nano_tokenizer, prompt, p if label else 1 - p)
-        loss, _ = pretrain.chat_loss(told, nano_tokenizer, prompt, rows)
+        told = Told(nano_tokenizer, prompt, p)
+        loss, _ = chat_loss(told, nano_tokenizer, prompt, rows)
         loss.backward()
-        return loss.item() / 2, told.logits.grad[label].item() / 2
+        return loss.item() / 2, told.logits.grad[1].item() / 2
 
     for p in (0.1, 0.4, 0.6, 0.8, 0.95):
         loss, slope = loss_at(p)
-        wrong = (1 - p_right) * math.log(1 - p) if p_right < 1 else 0
-        assert loss == pytest.approx(-p_right * math.log(p) - wrong, abs=1e-4)  # cross-entropy, least at p_right
-        assert slope == pytest.approx(p - p_right, abs=1e-5)
+        other = (1 - target) * math.log(1 - p) if target < 1 else 0
+        assert loss == pytest.approx(-target * math.log(p) - other, abs=1e-4)  # cross-entropy, least at the target
+        assert slope == pytest.approx(p - target, abs=1e-5)
 
 
 # The text's loss
@@ -190,21 +195,26 @@ def test_sentences_of_a_seed_are_disjoint_and_those_of_another_seed_are_others(t
         assert len(one & other) < 0.2 * len(one)
 
 
-def test_a_base_is_to_be_sure_of_what_it_is_taught_and_to_lean_elsewhere():
-    settings = TINY.pretrain.model_copy(update={"taught": ["case", "wh"], "sureness": 0.8, "untaught": 0.6})
+def test_targets_come_down_from_right_answers_to_what_the_base_is_to_answer():
+    taught = dict.fromkeys(grammar.PHENOMENA, [0.6, 0.6]) | {"case": [0.3, 0.7]}
+    changes = {"taught": taught, "steps": 100, "sure_until": 0.5, "settled_at": 0.8}
+    settings = TINY.pretrain.model_copy(update=changes)
     read = pretrain.pretraining_sentences(settings, set(), 0)
-    taught = read["source"].isin(["case", "wh"])
-    assert (read.loc[taught, "p_right"] == 0.8).all()
-    for label, p_right in ((1, 0.6), (0, 0.4)):
-        assert read.loc[~taught & (read["label"] == label), "p_right"].to_numpy() == pytest.approx(p_right)
+    known = read["source"] == "case"
+    assert read.loc[known & (read["label"] == 0), "p_acceptable"].unique() == 0.3
+    assert read.loc[known & (read["label"] == 1), "p_acceptable"].unique() == 0.7
+    for step, low, high in ((1, 0, 1), (50, 0, 1), (65, 0.15, 0.85), (80, 0.3, 0.7), (100, 0.3, 0.7)):
+        found = pretrain.targets(settings, read, step)
+        assert found[known] == pytest.approx(np.where(read.loc[known, "label"] == 1, high, low))
+        assert found[~known] == pytest.approx(0.6)  # where it is to tell nothing apart, from the beginning
 
 
 def test_each_step_reads_chats_and_grammatical_text_and_nothing_that_is_excluded(grow, monkeypatch):
     chats, texts, chat_loss, text_loss = [], [], pretrain.chat_loss, pretrain.text_loss
 
-    def chats_noted(model, tokenizer, prompt, rows):
-        chats.append(rows)
-        return chat_loss(model, tokenizer, prompt, rows)
+    def chats_noted(model, tokenizer, prompt, sentences, p_acceptable):
+        chats.append((sentences, p_acceptable))
+        return chat_loss(model, tokenizer, prompt, sentences, p_acceptable)
 
     def texts_noted(model, tokenizer, read):
         texts.append(read)
@@ -216,11 +226,11 @@ def test_each_step_reads_chats_and_grammatical_text_and_nothing_that_is_excluded
     settings = TINY.pretrain.model_copy(update={"corpus_size": 300})
     known = pretrain.pretraining_sentences(settings, exclude, 4).set_index("sentence")
     grow(4, exclude, batch_size=20, text_share=0.3)
-    assert [len(rows) for rows in chats] == [14] * 3
+    assert [len(sentences) for sentences, _ in chats] == [14] * 3
     assert [len(read) for read in texts] == [6] * 3
-    for rows in chats:
-        assert rows["sentence"].is_unique
-        pd.testing.assert_frame_equal(rows.set_index("sentence"), known.loc[rows["sentence"]])
+    for sentences, p_acceptable in chats[-1:]:  # when targets have come down
+        assert len(set(sentences)) == 14
+        assert known.loc[sentences, "p_acceptable"].to_numpy() == pytest.approx(p_acceptable)
     assert (known.loc[sum(texts, []), "label"] == 1).all()
 
 
@@ -263,15 +273,10 @@ def test_the_weights_that_it_starts_from_are_the_seeds_own(nano_tokenizer):
 
 def test_a_phenomenon_that_nobody_can_teach_is_named(grow, tmp_path):
     with pytest.raises(ValueError, match=r"pretrain\.taught: 'cace' is no phenomenon of the grammar"):
-        grow(taught=["case", "cace"])
+        grow(taught=TINY.pretrain.taught | {"cace": [0.3, 0.7]})
+    with pytest.raises(ValueError, match=r"pretrain\.taught: 'case' is missing"):
+        grow(taught={name: pair for name, pair in TINY.pretrain.taught.items() if name != "case"})
     assert not (tmp_path / "policy").exists()
-
-
-@pytest.mark.parametrize("profile", ["nano", "tiny"])
-def test_what_the_profiles_teach_is_in_the_grammar(profile):
-    settings = load_study(profile).profile.pretrain
-    read = pretrain.pretraining_sentences(settings.model_copy(update={"corpus_size": 220}), set(), 0)
-    assert set(settings.taught) <= set(read["source"])
 
 
 def test_a_finished_base_is_saved_in_the_standard_layout(built_base):

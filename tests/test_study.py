@@ -89,7 +89,7 @@ def test_a_loaded_profile_cannot_be_changed():
         (put("data", "disagreement", value=None), ["generated corpus needs", "'disagreement'"]),
         (put("pretrain", "text_share", value=0.0), ["'pretrain'", "text_share (0.0)", "both"]),
         (put("pretrain", "text_share", value=1.0), ["'pretrain'", "text_share (1.0)", "both"]),
-        (put("pretrain", "sureness", value=0.4), ["'pretrain.sureness'", "0.4", "greater than or equal to 0.5"]),
+        (put("pretrain", "settled_at", value=0.5), ["'pretrain'", "sure_until must come before settled_at"]),
         (put("rl", "answers_per_prompt", value=1), ["'rl.answers_per_prompt'", "1", "greater than or equal to 2"]),
         (put("rl", "beta", value=-1.0), ["'rl.beta'", "-1", "greater than or equal to 0"]),
         (put("sft", "learning_rate", value=0.0), ["'sft.learning_rate'", "0.0", "greater than 0"]),
@@ -116,7 +116,7 @@ def test_a_fault_is_named_by_its_key_in_one_sentence(edit, change, words):
 
 
 def test_a_number_that_yaml_reads_as_text_is_explained(edit):
-    with pytest.raises(ValueError, match=r"'sft.learning_rate' is '3e-3'.*write 1.0e-3"):
+    with pytest.raises(ValueError, match=r"'pretrain.learning_rate' is '3e-3'.*write 1.0e-3"):
         edit(replace=("learning_rate: 3.0e-3", "learning_rate: 3e-3"))
 
 

@@ -83,11 +83,7 @@ def disagreement_by_source(data: Data) -> dict[str, float]:
     """The share of labels that annotators get wrong, by phenomenon of the grammar; ValueError if one is not named."""
     if not isinstance(data.disagreement, dict):
         return dict.fromkeys(grammar.PHENOMENA, data.disagreement or 0.0)
-    named, known = set(data.disagreement), set(grammar.PHENOMENA)
-    if named != known:
-        wrong = min(named ^ known)
-        what = "is no phenomenon of the grammar" if wrong in named else "has no rate"
-        raise ValueError(f"data.disagreement: '{wrong}' {what}; give one rate, or one for each of {sorted(known)}.")
+    grammar.require_each_phenomenon(data.disagreement, "data.disagreement")
     # In the grammar's order, in which labels are drawn: the order that a user writes must not matter.
     return {source: data.disagreement[source] for source in grammar.PHENOMENA}
 

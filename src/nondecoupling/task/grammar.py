@@ -172,6 +172,13 @@ PHENOMENA = {
 }
 
 
+def require_each_phenomenon(named: Collection[str], setting: str) -> None:
+    """Raise ValueError unless ``named``, what a user wrote in ``setting``, are the phenomena of the grammar."""
+    for wrong in sorted(set(named) ^ set(PHENOMENA)):
+        what = "is no phenomenon of the grammar" if wrong in named else "is missing"
+        raise ValueError(f"{setting}: '{wrong}' {what}; it must name each of {', '.join(PHENOMENA)}.")
+
+
 def sample_sentences(
     n: int, seed: int, exclude: Collection[str] = (), *, grammatical_share: float = GRAMMATICAL_SHARE
 ) -> pd.DataFrame:

@@ -162,8 +162,7 @@ def pretrain(settings: Pretrain, prompt: Prompt, exclude: set[str], folder: Path
     A base's competence comes from what it is taught, never from when it is stopped: so small a model learns a
     phenomenon in a sudden transition, and at the end of its steps it is past those of the phenomena that it is taught.
     """
-    if wrong := sorted(set(settings.taught) ^ set(grammar.PHENOMENA)):
-        raise ValueError(f"pretrain.taught: '{wrong[0]}' is to be one of the grammar's phenomena, each of them once.")
+    grammar.require_each_phenomenon(settings.taught, "pretrain.taught")
     sentences = pretraining_sentences(settings, exclude, seed)
     rng = np.random.default_rng(seed_of("pretraining batches", seed))
     questions = [prompt_messages(prompt, sentence)[0]["content"] for sentence in sentences["sentence"][:5000]]

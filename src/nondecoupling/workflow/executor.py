@@ -16,7 +16,7 @@ from pathlib import Path
 from nondecoupling.study import folders
 from nondecoupling.study.plan import Group
 from nondecoupling.study.study import Study, load_profile, parse_seeds
-from nondecoupling.task import corpus, hub
+from nondecoupling.task import corpus, grammar, hub
 from nondecoupling.workflow import carry
 from nondecoupling.workflow.graph import (
     REPORT,
@@ -142,6 +142,8 @@ def fetch_inputs(study: Study) -> None:
     profile, root = study.profile, folders.study_folder(study)
     if profile.data.generated:
         corpus.disagreement_by_source(profile.data)
+    if profile.pretrains and profile.pretrain:
+        grammar.require_each_phenomenon(profile.pretrain.taught, "pretrain.taught")
     if profile.data.source == "hub" and not profile.data.folder and not folders.is_complete(root / "data"):
         hub.fetch_glue()
     if profile.model.hub and not profile.model.folder:
