@@ -121,7 +121,7 @@ def test_a_number_that_yaml_reads_as_text_is_explained(edit):
 
 
 def test_other_text_gets_no_such_hint(edit):
-    with pytest.raises(ValueError, match=r"'sft.learning_rate'") as caught:
+    with pytest.raises(ValueError, match=r"'pretrain.learning_rate'") as caught:
         edit(replace=("learning_rate: 3.0e-3", "learning_rate: fast"))
     assert "1.0e-3" not in str(caught.value)
 
