@@ -62,12 +62,12 @@ def policy(
     seeds: Iterable[int] = SEEDS,
     mass: float = 1.0,
     truth: ArrayLike | None = None,
-    agreement: ArrayLike = np.nan,
+    agreement: ArrayLike = 0.9,
     **columns: ArrayLike,
 ) -> pd.DataFrame:
     """A run's answers on dev; ``log_odds`` broadcast to (seeds, sentences). The truth is the label where none is given.
 
-    ``mass`` is what both answers have together, ``agreement`` the probability of a sentence's likelier label.
+    ``mass`` is what both answers have together, ``agreement`` q(x), nan where nobody knows it.
     """
     labels, seeds = np.asarray(labels), list(seeds)
     tables = []
@@ -75,7 +75,7 @@ def policy(
         unacceptable, acceptable = two_label_policy(of_seed).T + np.log(mass)
         table = pd.DataFrame({"sentence": [f"s{n}" for n in range(len(labels))], "label": labels, "source": "x"})
         table["truth"] = pd.Series(labels if truth is None else truth, index=table.index, dtype="Int64")
-        table["agreement"] = np.broadcast_to(np.asarray(agreement, float), len(labels))
+        table["agreement"] = np.broadcast_to(agreement, len(labels))
         table = table.assign(logp_acceptable=acceptable, logp_unacceptable=unacceptable, **columns)
         tables.append(table.assign(run=run, seed=seed))
     return pd.concat(tables)

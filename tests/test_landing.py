@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from scipy.special import expit, logit
 
 from nondecoupling.analysis import identities, landing, sweep, theory
-from nondecoupling.study.contracts import SweepEntry, TheoryFile
+from nondecoupling.study.contracts import Payer, TheoryFile, Tilt
 from nondecoupling.study.plan import STATES
 from nondecoupling.study.study import load_study
 from tables import SEEDS, is_a, metrics_of, odds_of, policy, results_of
@@ -16,10 +17,10 @@ from tables import SEEDS, is_a, metrics_of, odds_of, policy, results_of
 LABELS = np.array([1, 0, 1, 1])
 P = {"base": 0.6, "sft": 0.75, "sft-rl": 0.9, "rl": 0.8, "rl-sft": 0.75}  # of the right label, of every sentence
 BETA = 0.5
-KNOWN = load_study("nano", overrides={"rl.beta": BETA, "data.disagreement": 0.1})
+STUDY = load_study("nano", overrides={"rl.beta": BETA})
 
 
-def constant(study=KNOWN, changes=None, **more):
+def constant(study=STUDY, changes=None, **more):
     """Results in which each policy is as sure of the right label of every sentence."""
     p = P | (changes or {})
     return results_of(study, [policy(run, odds_of(p[run], LABELS), LABELS, **more) for run in STATES])
@@ -28,12 +29,6 @@ def constant(study=KNOWN, changes=None, **more):
 @pytest.fixture(autouse=True)
 def few_problems(monkeypatch):
     monkeypatch.setattr(identities, "PROBLEMS", 50)
-
-
-@pytest.fixture
-def unknown(tmp_path):
-    """A study of real annotators, who disagree nobody knows how often."""
-    return load_study("nano", data=str(tmp_path), overrides={"rl.beta": BETA})
 
 
 def point(p):
@@ -69,12 +64,77 @@ def test_a_tilt_by_the_truth_does_not_follow_a_label_that_contradicts_it():
     assert landing.landings(contradicted)[0]["tilted"] == point(sharper(0.75, -1.6 / BETA))
 
 
-def test_where_policies_landed_is_a_row_per_policy_and_seed():
-    table = landing.landed(constant(changes={"rl": 0.4}))
-    assert table[["run", "seed"]].to_numpy().tolist() == [[run, seed] for run in STATES for seed in SEEDS]
-    by_run = table.groupby("run")[["loss", "reward", "greedy"]].mean()
-    assert by_run.loc["sft"].tolist() == pytest.approx([-math.log(0.75), 0.5, 1.0])
-    assert by_run.loc["rl"].tolist() == pytest.approx([-math.log(0.4), -0.2, -1.0])
+def test_a_tilt_by_the_truth_is_each_sentences_own():
+    tilted = landing.landings(constant(agreement=[0.9, 0.9, 0.6, 0.6]))[0]["tilted"]
+    ends = np.array([sharper(0.75, 1.6 / BETA), sharper(0.75, 0.4 / BETA)])
+    assert tilted == {"loss": pytest.approx(-np.log(ends).mean()), "reward": pytest.approx((2 * ends - 1).mean())}
+
+
+# Sentence by sentence
+
+Q = [0.9, 0.6, 0.9, 0.6]
+START = [0.75, 0.75, 0.25, 0.75]  # of the label, before RL
+
+
+def moved(shift, q=Q, start=START, seeds=SEEDS, study=STUDY):
+    """RL from a start that gives the labels ``start``: in seed k it moves each label's log-odds by ``shift[k]``."""
+    side = np.where(LABELS == 1, 1, -1)
+    after = side * (logit(start) + np.asarray(shift))
+    runs = {"base": odds_of(start, LABELS), "sft": odds_of(start, LABELS), "sft-rl": after, "rl": after}
+    return results_of(study, [policy(run, x, LABELS, seeds, agreement=q) for run, x in runs.items()], seeds=seeds)
+
+
+def test_who_pays_by_hand():
+    shift = np.array([[1.0, 2.0, -1.0, 2.0], [1.0, 2.0, -1.0, 3.0], [1.0, 2.0, -1.0, 4.0]])
+    sure, contested = landing.who_pays(moved(shift))
+    assert is_a(list[Payer], [sure, contested])
+    assert [(row["q"], row["share"]) for row in (sure, contested)] == [(0.9, 0.5), (0.6, 0.5)]
+    rise = [[math.log(start / sharper(start, by)) for start, by in zip(START, row, strict=True)] for row in shift]
+    first, second = np.array(rise)[:, [0, 2]].mean(1), np.array(rise)[:, [1, 3]].mean(1)
+    assert sure["measured"]["mean"] == pytest.approx(first.mean())
+    assert contested["measured"]["mean"] == pytest.approx(second.mean())
+    assert contested["measured"]["ci95"] == pytest.approx(stats.ttest_1samp(second, 0).confidence_interval())
+    up, down = (math.log(p / sharper(p, by / BETA)) for p, by in ((0.75, 1.0), (0.25, -1.0)))
+    assert (sure["own_belief"], contested["own_belief"]) == pytest.approx(((up + down) / 2, up))
+    assert contested["gap_to_own_belief"]["mean"] == pytest.approx(second.mean() - up)
+    for row, q in ((sure, 0.9), (contested, 0.6)):
+        assert row["perfect_learner"] == pytest.approx(theory.rl_loss(q, BETA) - theory.calibrated_loss(q))
+
+
+def test_nobody_is_said_to_pay_where_disagreement_is_unknown_or_kl_costs_nothing():
+    assert landing.who_pays(moved(np.ones(4), q=np.nan)) == []
+    free = moved(np.ones(4), study=load_study("nano", overrides={"rl.beta": 0.0}))
+    assert (landing.who_pays(free), landing.tilt_calibration(free)) == ([], [])
+
+
+def test_a_closed_form_has_slope_one_and_half_of_it_one_half():
+    ideal = np.array([1, 1, -1, 1]) / BETA  # 2 (2p - 1) is 1 at 3/4
+    factors = np.array([[0.5], [1.0], [1.5]])
+    after_sft, after_base = landing.tilt_calibration(moved(factors * ideal))
+    assert is_a(list[Tilt], [after_sft, after_base])
+    assert (after_sft["run"], after_base["run"]) == ("sft-rl", "rl")
+    assert after_sft["slope"]["mean"] == pytest.approx(1)
+    assert after_sft["slope"]["ci95"] == pytest.approx(stats.ttest_1samp([0.5, 1, 1.5], 0).confidence_interval())
+    assert after_sft["cosine"]["mean"] == pytest.approx(1)
+
+
+def test_a_mean_that_agrees_can_hide_that_wrong_sentences_move_too_little():
+    """Three sentences should gain 2 and one, which the start has wrong, should lose 2."""
+    [tilt, _] = landing.tilt_calibration(moved([3.0, 3.0, -0.5, 3.0]))
+    wrong, right = tilt["bins"]
+    assert [(row["low"], row["high"], row["share"]) for row in (wrong, right)] == [(0.1, 0.3, 0.25), (0.7, 0.9, 0.75)]
+    assert (wrong["ideal_shift"], wrong["measured_shift"]["mean"]) == pytest.approx((-2, -0.5))
+    assert (right["ideal_shift"], right["measured_shift"]["mean"]) == pytest.approx((2, 3))
+    assert wrong["own_belief"] == pytest.approx(math.log(0.25 / sharper(0.25, -2)))
+    assert wrong["measured"]["mean"] == pytest.approx(math.log(0.25 / sharper(0.25, -0.5)))
+    assert tilt["slope"]["mean"] == pytest.approx((3 * 6 + 1) / 16)
+    assert tilt["cosine"]["mean"] == pytest.approx((3 * 6 + 1) / math.sqrt(16 * (3 * 9 + 0.25)))
+    assert {row["perfect_learner"] for row in tilt["bins"]} == {None}
+
+
+def test_every_sentence_is_in_a_bin():
+    [tilt, _] = landing.tilt_calibration(moved(np.zeros(4) + 0.1, start=[1e-9, 0.09, 0.5, 1 - 1e-9]))
+    assert [(row["low"], row["share"]) for row in tilt["bins"]] == [(0, 0.5), (0.3, 0.25), (0.9, 0.25)]
 
 
 def test_train_against_dev_by_hand():
@@ -92,19 +152,6 @@ def test_train_against_dev_by_hand():
         "ideal, predicts": pytest.approx([predicts] * 3),
         "ideal, remembers": pytest.approx([remembers] * 3),
     }
-
-
-@pytest.mark.parametrize("q", [0.6, 0.9, 0.99])
-@pytest.mark.parametrize("beta", [0.05, 0.5, 3.0])
-def test_beta_at_a_loss_is_the_beta_that_has_it(q, beta):
-    assert landing.beta_at(q, float(theory.rl_loss(q, beta))) == pytest.approx(beta, rel=1e-6)
-
-
-def test_no_beta_brings_rl_below_the_calibrated_policy_or_labels_that_are_certain_anywhere():
-    assert landing.beta_at(0.9, float(theory.calibrated_loss(0.9))) is None
-    assert landing.beta_at(0.9, 0.1) is None
-    assert landing.beta_at(1.0, 0.5) is None
-    assert landing.beta_at(0.9, 500.0) is None  # further than any beta takes it
 
 
 # Decoding
@@ -125,7 +172,7 @@ def test_shares_of_a_policy_that_is_right_by_hand():
 def test_greedy_answers_that_rl_turns_are_what_it_taught():
     p = np.array([0.75, 0.75, 0.75, 0.4])
     results = results_of(
-        KNOWN, [policy("sft", odds_of(p, LABELS), LABELS), policy("sft-rl", odds_of(0.9, LABELS), LABELS)]
+        STUDY, [policy("sft", odds_of(p, LABELS), LABELS), policy("sft-rl", odds_of(0.9, LABELS), LABELS)]
     )
     found = landing.decoding(results)
     assert found["gain_of_greedy_reward"]["mean"] == pytest.approx(1 - 0.5)
@@ -144,7 +191,7 @@ def test_rl_that_is_the_sft_policy_at_another_temperature_is_on_its_curve():
     log_odds = np.array([2.0, -1.0, 1.5, -0.2])
     for temperature in (0.15, 0.3):
         runs = [policy("sft", log_odds, LABELS), policy("sft-rl", log_odds / temperature, LABELS)]
-        found = landing.sharpened_alike(results_of(KNOWN, runs))
+        found = landing.sharpened_alike(results_of(STUDY, runs))
         assert found["T at RL's L"].tolist() == pytest.approx([temperature] * 3)
         assert found["difference"].tolist() == pytest.approx([0] * 3, abs=1e-9)
         assert found["L"].iloc[0] == pytest.approx(theory.loss_on_labels(log_odds / temperature, LABELS))
@@ -158,7 +205,7 @@ def test_rl_that_learnt_something_is_above_the_curve():
     log_odds = np.array([2.0, -1.0, 0.5, -1.5])
     better = 3 * log_odds + np.array([0, 0, 0, 2.0])
     runs = [policy("sft", log_odds, LABELS, seeds=[4]), policy("sft-rl", better, LABELS, seeds=[4])]
-    found = landing.sharpened_alike(results_of(KNOWN, runs, seeds=[4]))
+    found = landing.sharpened_alike(results_of(STUDY, runs, seeds=[4]))
     reached = theory.tempered_log_odds(log_odds, found["T at RL's L"].item())
     assert theory.loss_on_labels(reached, LABELS) == pytest.approx(theory.loss_on_labels(better, LABELS))
     gain = theory.reward_on_labels(better, LABELS) - theory.reward_on_labels(reached, LABELS)
@@ -168,44 +215,72 @@ def test_rl_that_learnt_something_is_above_the_curve():
 
 def test_a_loss_below_the_whole_curve_has_no_temperature():
     runs = [policy("sft", [2.0, -1.0, 0.5, -1.5], LABELS), policy("sft-rl", odds_of(0.9, LABELS), LABELS)]
-    found = landing.sharpened_alike(results_of(KNOWN, runs))
+    found = landing.sharpened_alike(results_of(STUDY, runs))
     assert found["T at RL's L"].isna().all()
     assert found["difference"].isna().all()
-    assert landing.decoding(results_of(KNOWN, runs))["above_temperature_curve"] is None
+    assert landing.decoding(results_of(STUDY, runs))["above_temperature_curve"] is None
+
+
+def test_the_temperature_of_least_loss_says_how_overconfident_a_policy_is():
+    """Nine labels of ten are the likelier one, of which a policy that is calibrated is as sure as 0.9."""
+    labels = np.array([1] * 9 + [0])
+    runs = [
+        policy(run, np.full(10, factor * logit(0.9)), labels)
+        for run, factor in zip(STATES, (2, 1, 1, 1, 0.5), strict=True)
+    ]
+    found = landing.calibration(results_of(STUDY, runs))
+    assert list(found) == STATES
+    assert [found[run]["mean"] for run in STATES] == pytest.approx([2, 1, 1, 1, 0.5], rel=1e-4)
 
 
 # theory.json
 
 
 def test_theory_file_of_a_known_disagreement():
-    content = landing.theory_file(constant(), None)
+    content = landing.theory_file(constant(agreement=[0.9, 0.9, 0.9, 0.6]), None)
     assert is_a(TheoryFile, content)
-    h = -0.9 * math.log(0.9) - 0.1 * math.log(0.1)
-    p = sharper(0.9, 1.6 / BETA)
-    loss = -0.9 * math.log(p) - 0.1 * math.log(1 - p)
-    assert (content["q"], content["beta"]) == (0.9, BETA)
-    assert [content[name] for name in ("calibrated_loss", "calibrated_reward", "sharp_reward")] == pytest.approx(
-        [h, 0.64, 0.8]
-    )
-    assert [content[name] for name in ("rl_loss", "rl_reward", "c1")] == pytest.approx(
-        [loss, 0.8 * (2 * p - 1), loss - h]
-    )
-    assert content["sweep"] is None
-    variants = content["fixed_points"]["variants"]
+    assert content["agreement"] == [{"q": 0.9, "share": 0.75}, {"q": 0.6, "share": 0.25}]
+    assert content["beta"] == BETA
+
+    def mean(of_q):
+        return pytest.approx(0.75 * of_q(0.9) + 0.25 * of_q(0.6))
+
+    def entropy(q):
+        return -q * math.log(q) - (1 - q) * math.log(1 - q)
+
+    def loss(q):
+        p = sharper(q, 2 * (2 * q - 1) / BETA)
+        return -q * math.log(p) - (1 - q) * math.log(1 - p)
+
+    assert content["calibrated_loss"] == mean(entropy)
+    assert content["calibrated_reward"] == mean(lambda q: (2 * q - 1) ** 2)
+    assert content["sharp_reward"] == mean(lambda q: 2 * q - 1)
+    assert content["rl_loss"] == mean(loss)
+    assert content["rl_reward"] == mean(lambda q: (2 * q - 1) * (2 * sharper(q, 2 * (2 * q - 1) / BETA) - 1))
+    assert content["c1"] == mean(lambda q: loss(q) - entropy(q))
+    assert (content["sweep"], content["crossing"]) == (None, None)
+    assert [row["q"] for row in content["who_pays"]] == [0.9, 0.6]
+
+
+def test_fixed_points_are_those_of_the_example():
+    found = landing.fixed_points(STUDY.profile)
+    variants, p = found["variants"], sharper(0.9, 1.6 / BETA)
+    assert (found["q"], found["beta"]) == (0.9, BETA)
     assert variants["(i) beta as it is"]["effective beta"] == pytest.approx(BETA * 8 / 7)  # groups of eight
     ideal = variants["ideal RL; normalisation: none"]
+    loss, h = -0.9 * math.log(p) - 0.1 * math.log(1 - p), -0.9 * math.log(0.9) - 0.1 * math.log(0.1)
     assert (ideal["p"], ideal["effective beta"]) == pytest.approx((p, BETA))
     assert (ideal["L"], ideal["rise of L"], ideal["J"]) == pytest.approx((loss, loss - h, 0.8 * (2 * p - 1)))
 
 
-def test_theory_file_of_real_annotators_names_no_number_that_nobody_knows(unknown):
-    content = landing.theory_file(constant(unknown, truth=[None] * 4), None)
+def test_theory_file_of_real_annotators_names_no_number_that_nobody_knows():
+    content = landing.theory_file(constant(truth=[None] * 4, agreement=np.nan), None)
     assert is_a(TheoryFile, content)
-    names = ("q", "calibrated_loss", "calibrated_reward", "sharp_reward", "rl_loss", "rl_reward", "c1", "sweep")
-    assert {content[name] for name in names} == {None}
+    names = ("agreement", "calibrated_loss", "calibrated_reward", "sharp_reward", "rl_loss", "rl_reward", "c1", "sweep")
+    assert {str(content[name]) for name in names} == {"None"}
+    assert content["who_pays"] == []
     assert content["runs"][0]["tilted"] is None
     assert content["runs"][0]["self_tilted"] == point(sharper(0.75, 1.0 / BETA))
-    assert content["fixed_points"]["q"] == landing.EXAMPLE_Q
 
 
 def test_theory_file_of_rl_that_pays_nothing_for_kl():
@@ -219,21 +294,21 @@ def test_theory_file_of_rl_that_pays_nothing_for_kl():
 
 
 def test_theory_file_of_certain_labels():
-    results = constant(load_study("nano", overrides={"rl.beta": BETA, "data.labels": "truth"}))
-    content = landing.theory_file(results, None)
+    content = landing.theory_file(constant(agreement=1.0), None)
     assert is_a(TheoryFile, content)
-    assert (content["q"], content["calibrated_loss"], content["rl_loss"], content["c1"]) == (1, 0, 0, 0)
+    assert content["agreement"] == [{"q": 1.0, "share": 1.0}]
+    assert (content["calibrated_loss"], content["rl_loss"], content["c1"]) == (0, 0, 0)
     assert content["runs"][0]["tilted"] == point(sharper(0.75, 2 / BETA))
 
 
 def test_theory_file_has_the_sweep_where_there_is_one():
-    results = constant()
-    runs = [run.name for run in KNOWN.runs_of("sweep")]
-    results = results_of(KNOWN, [results.answers, *(policy(run, odds_of(0.9, LABELS), LABELS) for run in runs)])
+    names = [run.name for run in STUDY.runs_of("sweep")]
+    swept = [policy(run, odds_of(0.9, LABELS), LABELS) for run in names]
+    results = results_of(STUDY, [constant().answers, *swept])
     content = landing.theory_file(results, sweep.confront_sweep(results))
     assert is_a(TheoryFile, content)
-    assert is_a(list[SweepEntry], content["sweep"])
-    assert {entry["run"] for entry in content["sweep"]} == set(runs) - {"sft-all"}
+    assert {entry["run"] for entry in content["sweep"]} <= set(names)
+    assert [point["run"] for point in content["crossing"]["points"]][-1] == "sft-rl"
 
 
 # The identities
@@ -263,6 +338,7 @@ def test_every_identity_holds_up_to_rounding(q, answers):
         ("perfect_demonstration_change", lambda right, *given: 1.001 * right(*given), {"perfect_demonstrations"}),
         ("pinsker_bound", lambda right, *given: 0.1 * right(*given), {"regularised_objective"}),
         ("expected_loss", lambda right, *given: -right(*given), {"frontier"}),
+        ("frontier_probability", lambda right, *given: 0.99 * right(*given), {"frontier"}),
         ("grpo_gradient", lambda right, *given: 1.001 * right(*given), {"groups"}),
         ("deviation_factor", lambda right, *given: 1.001 * right(*given), {"groups"}),
     ],

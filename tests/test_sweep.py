@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from tokenizers import Tokenizer, models
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from scipy import stats
+from scipy.special import expit, logit
 
 from nondecoupling.analysis import sweep, theory
-from nondecoupling.study.contracts import SweepEntry
+from nondecoupling.study.contracts import Crossing, SweepEntry
 from nondecoupling.study.study import PROFILES, changed_settings, load_study, parse_overrides
-from tables import SEEDS, is_a, policy, results_of
+from tables import SEEDS, is_a, metrics_of, policy, results_of
 
 STUDY = load_study("nano")
 LABELS = [1, 0, 1, 1]
@@ -46,12 +46,8 @@ def test_every_beta_is_run_for_some_steps_and_for_half_of_them(profile, settings
 
 
 WORDS = {
-    "rl.answers_per_prompt": "{} answers",
-    "rl.prompts_per_step": "{} prompts",
-    "rl.learning_rate": "learning rate {:g}",
     "rl.normalisation": "divided",
     "rl.algorithm": "{}",
-    "adaptation.method": "all weights",
 }
 
 
@@ -73,9 +69,11 @@ def test_each_beta_is_given_once():
 # One run
 
 
-def swept(run, log_odds):
+def swept(run, log_odds, agreement=0.9):
     """One seed of ``run``, which ends at ``log_odds``, and the SFT policy that it starts from."""
-    return results_of(STUDY, [policy("sft", START, LABELS, [0]), policy(run, log_odds, LABELS, [0])], seeds=[0])
+    ends = {"sft": START, run: log_odds}
+    answers = [policy(name, odds, LABELS, [0], agreement=agreement) for name, odds in ends.items()]
+    return results_of(STUDY, answers, seeds=[0])
 
 
 def test_rl_that_is_ideal_by_its_own_belief_shows_no_gap():
@@ -92,6 +90,26 @@ def test_rl_that_is_ideal_by_its_own_belief_shows_no_gap():
     assert row["reward, perfect learner"] == pytest.approx(theory.rl_reward(0.9, beta) - theory.calibrated_reward(0.9))
     assert row["log-odds asked"] == pytest.approx(row["log-odds reached"]) == pytest.approx(np.abs(ideal).mean())
     assert row["objective"] == pytest.approx(1.0)
+    assert row["slope"] == pytest.approx(1.0)
+
+
+def test_half_of_the_ideal_shift_has_slope_one_half():
+    ideal = 2 * np.tanh(START / 2)
+    row = sweep.confront(swept("sft-rl-b1", START + ideal / 2), STUDY.run("sft-rl-b1"), 0)
+    assert row["slope"] == pytest.approx(0.5)
+    # a move at a right angle to what is asked for is no part of it
+    across = START + ideal / 2 + np.array([ideal[1], -ideal[0], 0, 0])
+    assert sweep.confront(swept("sft-rl-b1", across), STUDY.run("sft-rl-b1"), 0)["slope"] == pytest.approx(0.5)
+
+
+def test_a_perfect_learners_changes_are_means_over_the_sentences():
+    run = STUDY.run("sft-rl-b1")
+    apart = [sweep.confront(swept(run.name, START, q), run, 0)["loss, perfect learner"] for q in (0.9, 0.6, 1.0)]
+    together = sweep.confront(swept(run.name, START, [0.9, 0.9, 0.6, 1.0]), run, 0)
+    assert apart[2] == 0  # a certain label has nothing to change
+    assert together["loss, perfect learner"] == pytest.approx((2 * apart[0] + apart[1]) / 4)
+    unknown = sweep.confront(swept(run.name, START, [0.9, 0.9, 0.9, np.nan]), run, 0)
+    assert "loss, perfect learner" not in unknown
 
 
 def test_rl_that_did_nothing_has_all_to_gain():
@@ -114,10 +132,10 @@ def test_groups_divided_by_their_deviation_have_their_own_resting_place():
 
 
 def test_the_sweep_is_read_with_halves_from_elsewhere_and_without_sft():
-    names = ["sft", "sft-all", *(run.name for run in RL)]
-    results = results_of(STUDY, [policy(name, START, LABELS, [3]) for name in [*names, "sft-rl"]], seeds=[3])
+    names = [run.name for run in STUDY.runs_of("sweep")]
+    results = results_of(STUDY, [policy(name, START, LABELS, [3]) for name in ["sft", *names, "sft-rl"]], seeds=[3])
     table = sweep.confront_sweep(results)
-    assert table["run"].tolist() == [*names[2:], "sft-rl"]
+    assert table["run"].tolist() == [*(run.name for run in RL), "sft-rl"]
     assert set(table["seed"]) == {3}
 
 
@@ -138,7 +156,7 @@ def table_of(rise, half, predicted=0.2):
             row = {"run": run.name, "seed": seed, "beta": settings.beta, "steps": settings.steps}
             row |= {"instead": run.instead, "loss": loss, "loss, own belief": predicted}
             row |= {"reward": 0.1, "reward, own belief": 0.1, "log-odds asked": 4.0, "log-odds reached": 3.0}
-            rows.append(row | {"silent groups": 0.5, "objective": 0.9})
+            rows.append(row | {"silent groups": 0.5, "objective": 0.9, "slope": 0.8})
     return pd.DataFrame(rows)
 
 
@@ -171,43 +189,84 @@ def test_a_run_has_settled_if_half_of_its_steps_end_at_the_same_place(rise, half
     assert (entries["sft-rl-b1-group"]["doubling"], entries["sft-rl-b1-group"]["settled"]) == (None, None)
 
 
-def test_effects_are_differences_from_the_plain_run_of_the_same_beta_and_steps():
-    table = table_of([0.2] * 3, [0.2] * 3).iloc[::-1]  # plain runs last
-    table.loc[table["run"] == "sft-rl-b0.25-32answers", ["loss", "log-odds reached"]] = [0.25, 5.0]
-    effects = sweep.effects(table)
-    assert set(effects.index) == {
-        (f"{run.changes['rl.beta']:g}", run.changes["rl.steps"], run.instead) for run in RL if run.instead
-    }
-    assert effects.loc[("0.25", 64, "32 answers"), "loss"] == "+0.150 [+0.150, +0.150]"
-    assert effects.loc[("0.25", 64, "32 answers"), "log-odds reached"] == "+2.000 [+2.000, +2.000]"
-    assert effects.loc[("0.25", 64, "all weights"), "loss"] == "+0.000 [+0.000, +0.000]"
-    assert effects.loc[("1", 128, "divided"), "loss"] == "-0.100 [-0.100, -0.100]"
-    assert sweep.effects(table[table["instead"] == ""]).empty
+def test_the_division_is_judged_against_the_plain_run_of_its_beta_and_steps():
+    table = table_of([0.2, 0.3, 0.4], [0.2] * 3).iloc[::-1]  # plain runs last, seeds from the last to the first
+    table.loc[table["run"] == "sft-rl-b1-group", ["loss, own belief", "log-odds reached"]] = [0.25, 5.0]
+    found = sweep.effect_of_division(table)
+    assert found["loss"]["mean"] == pytest.approx(0.1 - 0.3)
+    assert found["loss"]["ci95"] == pytest.approx(stats.ttest_1samp([-0.1, -0.2, -0.3], 0).confidence_interval())
+    assert found["loss, own belief"]["mean"] == pytest.approx(0.05)
+    assert found["log-odds reached"]["mean"] == pytest.approx(2)
+    assert sweep.effect_of_division(table[table["instead"] == ""]) is None
 
 
-# What a model's output layer allows
+# Where the base's loss is crossed
 
 
-def test_no_hidden_state_exceeds_the_ceiling_of_the_output_layer_and_one_reaches_it(tmp_path):
-    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 4}
-    config = Qwen3Config(vocab_size=3, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, **shape)
-    model = Qwen3ForCausalLM(config)
-    model.model.norm.weight.data.uniform_(0.5, 2)
-    model.save_pretrained(tmp_path)
-    Tokenizer(models.WordLevel({"no": 0, "yes": 1, "?": 2}, unk_token="?")).save(str(tmp_path / "tokenizer.json"))
-    ceiling = sweep.log_odds_ceiling(tmp_path, "yes", "no")
-
-    def log_odds(state):
-        logits = model.lm_head(model.model.norm(state))
-        return (logits[..., 1] - logits[..., 0]).detach()
-
-    direction = model.model.norm.weight.data * (model.lm_head.weight.data[1] - model.lm_head.weight.data[0])
-    assert float(log_odds(1e3 * direction)) == pytest.approx(ceiling, rel=1e-4)
-    random = np.random.default_rng(0).normal(size=(1000, 8)).astype(np.float32)
-    assert float(log_odds(model.lm_head.weight.new_tensor(random)).abs().max()) < ceiling
+def test_a_crossing_is_linear_in_log_beta():
+    betas = np.array([4.0, 1.0, 0.25])
+    assert sweep.crossing_of(betas, np.array([-0.3, 0.1, 0.5])) == pytest.approx(4 * (1 / 4) ** 0.75)
+    assert sweep.crossing_of(betas, np.array([-0.3, -0.1, 0.1])) == pytest.approx(0.5)
+    assert sweep.crossing_of(betas, np.array([-0.3, -0.1, 0.0])) == pytest.approx(0.25)
+    assert sweep.crossing_of(betas, np.array([-0.3, 0.2, -0.1])) == pytest.approx(4 * (1 / 4) ** 0.6)
+    for flat in ([-0.3, -0.2, -0.1], [0.1, 0.2, 0.3], [0.3, 0.1, -0.1]):
+        assert sweep.crossing_of(betas, np.array(flat)) is None
 
 
-def test_answers_of_several_tokens_have_no_ceiling_of_one_token(tmp_path):
-    pair = Tokenizer(models.BPE({"y": 0, "n": 1}, []))
-    pair.save(str(tmp_path / "tokenizer.json"))
-    assert math.isnan(sweep.log_odds_ceiling(tmp_path, "y", "ny"))
+def above_base(losses, p=0.8, base=0.6, study=STUDY, agreement=0.9):
+    """Results of which only `sft_loss` matters, and the SFT policy, which gives nine of ten labels ``p``.
+
+    ``losses`` maps whole runs of the sweep to three seeds' losses; the others have the base's.
+    """
+    labels = np.array([1] * 9 + [0])
+    whole = [run.name for run in study.runs_of("sweep") if run.stage == "rl"]
+    metrics = {run: {"sft_loss": losses.get(run, base)} for run in ["base", "sft-rl", *whole]}
+    start = policy("sft", np.full(10, logit(p)), labels, agreement=agreement)
+    return results_of(study, [start], metrics_of(metrics))
+
+
+def test_the_crossing_by_hand():
+    """Two seeds are above the base from beta = 1 on, the third at no beta."""
+    below = {run: [0.5, 0.5, 0.5] for run in ("sft-rl-b5", "sft-rl-b2", "sft-rl-b1")}
+    above = {f"sft-rl-b{beta}": [0.7, 0.9, 0.5] for beta in ("0.5", "0.25", "0.1", "0.05")}
+    found = sweep.crossing(above_base(below | above | {"sft-rl": [0.65, 0.6, 0.55]}))
+    assert is_a(Crossing, found)
+    first, second = math.sqrt(0.5), 0.5**0.25  # half, and a quarter, of the way from 1 to 0.5
+    assert found["by_seed"] == [pytest.approx(first), pytest.approx(second), None]
+    assert found["measured"]["mean"] == pytest.approx(math.sqrt(first * second))
+    logs = stats.ttest_1samp(np.log([first, second]), 0).confidence_interval()
+    assert found["measured"]["ci95"] == pytest.approx(np.exp(logs).tolist())
+    assert [point["beta"] for point in found["points"]] == [5, 2, 1, 0.5, 0.25, 0.1, 0.05, 0.5]
+    last = found["points"][-1]
+    assert (last["run"], last["measured"]["mean"]) == ("sft-rl", pytest.approx(0.0))
+
+    def loss(p):  # nine labels of ten are the likelier one
+        return -0.9 * math.log(p) - 0.1 * math.log(1 - p)
+
+    own = expit(logit(0.8) + 2 * 0.6 / 0.5)
+    assert last["own_belief"] == pytest.approx(loss(own) - 0.6)
+    assert last["gap_to_own_belief"]["mean"] == pytest.approx(0.6 - loss(own))
+    assert last["perfect_learner"] == pytest.approx(loss(expit(logit(0.9) + 1.6 / 0.5)) - 0.6)
+    assert loss(expit(logit(0.8) + 1.2 / found["own_belief"])) == pytest.approx(0.6)
+    assert loss(expit(logit(0.9) + 1.6 / found["perfect_learner"])) == pytest.approx(0.6)
+
+
+def test_where_nothing_crosses_or_is_known_nothing_is_said():
+    found = sweep.crossing(above_base({}, base=0.2, agreement=np.nan))  # the start is above the base already
+    assert is_a(Crossing, found)
+    assert (found["by_seed"], found["measured"], found["own_belief"]) == ([None] * 3, None, None)
+    assert found["perfect_learner"] is None
+    assert {point["perfect_learner"] for point in found["points"]} == {None}
+
+
+def test_without_a_sweep_there_is_no_crossing_and_without_a_price_no_point_of_the_studys_own():
+    assert sweep.crossing(results_of(STUDY, [policy("sft", START, LABELS)])) is None
+    free = load_study("nano", overrides={"rl.beta": 0.0})
+    assert "sft-rl" not in [point["run"] for point in sweep.crossing(above_base({}, study=free))["points"]]
+
+
+def test_a_study_whose_beta_is_not_swept_has_its_own_point_on_the_curve():
+    study = load_study("nano", overrides={"rl.beta": 0.7})
+    losses = {f"sft-rl-b{beta:g}": 0.5 if beta > 0.7 else 0.8 for beta in study.profile.sweep.betas}
+    found = sweep.crossing(above_base(losses | {"sft-rl": 0.6}, study=study))
+    assert found["by_seed"] == [pytest.approx(0.7)] * 3

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, log_softmax, logit
+from scipy.special import expit, log_softmax, logit, xlog1py, xlogy
 
 from nondecoupling.analysis import theory
 
@@ -356,6 +356,27 @@ def test_tossed_and_certain_labels_do_not_move_at_any_beta():
         assert theory.rl_probability([0.5, 1.0], beta) == close(np.array([0.5, 1.0]))
 
 
+def test_the_frontier_is_where_loss_and_reward_pull_alike():
+    """p - q = 2 price (2q-1) p (1-p): at q = 3/4 and p = 9/10 this is the price 0.15 / 0.09."""
+    assert theory.frontier_probability(0.75, 0.15 / 0.09) == close(0.9)
+    assert theory.frontier_probability([0.5, 0.75, 1.0], 0.0) == close(np.array([0.5, 0.75, 1.0]))
+    assert theory.frontier_probability([0.5, 0.75, 1.0], 1e9) == pytest.approx([0.5, 1.0, 1.0], abs=1e-6)
+    with pytest.raises(ValueError, match="price"):
+        theory.frontier_probability(0.75, -0.1)
+    with pytest.raises(ValueError, match="likelier"):
+        theory.frontier_probability(0.4, 1.0)
+
+
+@UNHURRIED
+@given(LIKELIER, st.floats(0, 50))
+def test_no_other_probability_is_worth_more_at_its_price(q, price):
+    def worth(p):
+        return price * (2 * q - 1) * (2 * p - 1) + xlogy(q, p) + xlog1py(1 - q, -p)
+
+    best = theory.frontier_probability(q, price)
+    assert worth(best) >= worth(np.linspace(0, 1, 400)).max() - 1e-9
+
+
 def test_rl_probability_from_other_starts():
     assert theory.rl_probability(0.9, 1.6 / math.log(3), p0=0.5) == close(0.75)
     assert theory.rl_probability(0.9, 1e-3, p0=[0.0, 1e-9, 1.0]) == close(np.array([0.0, 1.0, 1.0]))
@@ -377,6 +398,19 @@ def test_measured_loss_and_reward_against_every_way_to_annotate():
             reward += weight * (agree - (1 - agree)) / 3
     assert theory.expected_loss(LOG_ODDS, TRUTH, DISAGREEMENT) == close(loss)
     assert theory.expected_reward_of_odds(LOG_ODDS, TRUTH, DISAGREEMENT) == close(reward)
+
+
+def test_every_sentence_may_have_a_disagreement_of_its_own():
+    rates = [0.1, 0.25, 0.0]
+    for function in (theory.expected_loss, theory.expected_reward_of_odds):
+        apart = [function([odds], [truth], rate) for odds, truth, rate in zip(LOG_ODDS, TRUTH, rates, strict=True)]
+        assert function(LOG_ODDS, TRUTH, rates) == close(sum(apart) / 3)
+    tilted = theory.tilted_log_odds(LOG_ODDS, TRUTH, rates, beta=0.5)
+    assert tilted == close(LOG_ODDS + np.array([3.2, 2.0, -4.0]))
+    with pytest.raises(ValueError, match="disagreement"):
+        theory.expected_loss(LOG_ODDS, TRUTH, [0.1, 0.5, 0.0])
+    with pytest.raises(ValueError, match="disagreement"):
+        theory.expected_loss(LOG_ODDS, TRUTH, [0.1, math.nan, 0.0])
 
 
 def test_measured_tilt_moves_odds_towards_the_truth():

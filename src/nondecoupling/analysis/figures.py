@@ -8,15 +8,18 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from scipy.special import expit
 
 from nondecoupling.analysis import theory
-from nondecoupling.analysis.predictions import label_log_odds
-from nondecoupling.study.contracts import ClaimRow, SweepEntry
+from nondecoupling.analysis.predictions import frontier, label_log_odds, mean_path
+from nondecoupling.analysis.statistics import mean_interval, shown
+from nondecoupling.study.contracts import ClaimRow, Crossing, OverSeeds, Payer, SweepEntry, Tilt
 from nondecoupling.study.plan import NAMES
 from nondecoupling.study.results import Results
 
 COLOURS = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)), strict=True))
+MEASURED, OWN, PERFECT = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[2], "0.55"
 
 
 def set_style() -> None:
@@ -36,6 +39,27 @@ def save_figure(results: Results, figure: Figure, name: str) -> None:
     folder.mkdir(exist_ok=True)
     for ending, undated in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
         figure.savefig(folder / f"{name}.{ending}", bbox_inches="tight", dpi=150, metadata=undated)
+
+
+def t_bounds(values: pd.Series) -> tuple[float, float]:
+    """The ends of a band: the 95 % t interval over seeds, as in the tables."""
+    interval = mean_interval(values)
+    return interval.low, interval.high
+
+
+def draw_mean(axes: Axes, x: float, y: OverSeeds, **style) -> None:
+    """One mean over seeds with its 95 % interval."""
+    low, high = y["ci95"] or [y["mean"]] * 2
+    axes.errorbar(x, y["mean"], [[y["mean"] - low], [high - y["mean"]]], capsize=3, **{"color": MEASURED, **style})
+
+
+def label_ends(axes: Axes, ends: dict[str, tuple[float, Any]]) -> None:
+    """Names of curves at their right ends, from the value and the colour of each; moved apart. Call it last."""
+    free = -np.inf
+    for text, (value, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
+        place = axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], value)))[1]
+        free = max(place, free + 0.07)
+        axes.text(1.02, free, text, color=colour, transform=axes.transAxes, va="center", fontsize=9)
 
 
 def label_levels(axes: Axes, levels: dict[str, float]) -> None:
@@ -63,18 +87,19 @@ def label_levels(axes: Axes, levels: dict[str, float]) -> None:
         )
 
 
-def draw_stage(trajectory: pd.DataFrame, quantities: list[str], q: float | None) -> None:
-    """One stage's ``quantities`` along its steps, in panels.
+def draw_stage(trajectory: pd.DataFrame, quantities: list[str], q: ArrayLike) -> None:
+    """One stage's ``quantities`` along its steps, in panels; ``q`` is q(x) of the sentences, nan where unknown.
 
-    Dashed: for the loss the best possible H(q); for rewards the majority answer, the calibrated policy (2q-1)^2
-    (sampled answers only) and the sharp one 2q-1. Where ``q`` is unknown there is the majority answer alone.
+    Dashed are means over q(x). For the loss the best possible H(q); for rewards the majority answer, the calibrated
+    policy (2q-1)^2 (sampled answers only) and the sharp one 2q-1. Without q there is the majority answer alone.
     """
     majority = trajectory["majority_reward"].iloc[0]
     levels = {"reward_exact": [majority], "reward_greedy": [majority]}
-    if q is not None:
-        levels["sft_loss"] = [float(theory.calibrated_loss(q))]
-        levels["reward_exact"] += [float(theory.calibrated_reward(q)), float(theory.sharp_reward(q))]
-        levels["reward_greedy"] += [float(theory.sharp_reward(q))]
+    if not np.isnan(q).any():
+        sharp = float(np.mean(theory.sharp_reward(q)))
+        levels["sft_loss"] = [float(np.mean(theory.calibrated_loss(q)))]
+        levels["reward_exact"] += [float(np.mean(theory.calibrated_reward(q))), sharp]
+        levels["reward_greedy"] += [sharp]
     grid = sns.relplot(
         trajectory.melt("step", quantities, "quantity"),
         x="step", y="value", col="quantity", kind="line", marker="o", height=2.6, facet_kws={"sharey": False},
@@ -96,7 +121,7 @@ def draw_pipeline(axes: Axes, trajectories: pd.DataFrame, first: str, second: st
     path = pipeline(trajectories, first, second)
     for run in (first, second):
         part = path[path["run"] == run]
-        sns.lineplot(part, x="at", y=metric, color=COLOURS[run], errorbar=("ci", 95), seed=0, ax=axes, **line)
+        sns.lineplot(part, x="at", y=metric, color=COLOURS[run], errorbar=t_bounds, ax=axes, **line)
         for _, one in part.groupby("seed"):
             axes.plot(one["at"], one[metric], color=COLOURS[run], linewidth=0.6, alpha=0.5)
     border = path.loc[path["run"] == second, "at"].min()
@@ -146,8 +171,8 @@ def draw_plane(
     ``frontiers`` maps a label to columns ``sft_loss, reward``: what RL's closed form traces as beta falls.
     """
     figure, axes = plt.subplots(figsize=(8, 5.4))
-    for (label, frontier), shade in zip(frontiers.items(), ("0.35", "0.7"), strict=False):
-        axes.plot(frontier["sft_loss"], frontier["reward"], color=shade, linewidth=6, alpha=0.35, zorder=0, label=label)
+    for (label, curve), shade in zip(frontiers.items(), ("0.35", "0.7"), strict=False):
+        axes.plot(curve["sft_loss"], curve["reward"], color=shade, linewidth=6, alpha=0.35, zorder=0, label=label)
     mean = trajectories.groupby(["run", "step"], as_index=False)[["sft_loss", "reward_exact"]].mean()
     for run in ("sft", "sft-rl", "rl", "rl-sft"):
         part = mean[mean["run"] == run]
@@ -248,7 +273,7 @@ def draw_proxy(trajectories: pd.DataFrame, majority: float) -> Figure:
     table = trajectories[trajectories["run"].isin(names)].sort_values("step")
     table = table.assign(rise=table["reward_proxy"] - table.groupby(["run", "seed"])["reward_proxy"].transform("first"))
     paid_by_proxy = table.dropna(subset="rise")
-    style = {"x": "step", "hue": "run", "palette": colours, "errorbar": ("ci", 95), "seed": 0}
+    style = {"x": "step", "hue": "run", "palette": colours, "errorbar": t_bounds}
     sns.lineplot(table, y="reward_exact", hue_order=names, ax=true, **style)
     sns.lineplot(paid_by_proxy, y="rise", hue_order=[n for n in names if n.endswith("proxy")], ax=proxy, **style)
     true.set(xlabel="RL steps", ylabel="true reward of sampled answers")
@@ -288,30 +313,30 @@ def draw_joint(metrics: pd.DataFrame, joint: list[str], frontiers: dict[str, pd.
     return figure
 
 
-def draw_frontier(axes: Axes, q: float, beta: float) -> None:
-    """The plane of the two stages' goals for two labels, the likelier with probability ``q`` (1/2 < q < 1).
+def draw_frontier(axes: Axes, q: ArrayLike, beta: float) -> None:
+    """The plane of the two stages' goals for two labels, the likelier with probability ``q``, one or one per sentence.
 
-    On the frontier, which no policy crosses: SFT's optimum, and ideal RL at ``beta`` from there. Off it, because it is
-    no single policy: the loss of SFT's optimum with the reward of its greedy answers.
+    No policy crosses the frontier. On it SFT's optimum; on it, or with several q close to it, ideal RL at ``beta`` from
+    there. Off it, because it is no single policy: the loss of SFT's optimum with the reward of its greedy answers.
     """
-    level, low, high = (float(f(q)) for f in (theory.calibrated_loss, theory.calibrated_reward, theory.sharp_reward))
-    loss, reward = float(theory.rl_loss(q, beta)), float(theory.rl_reward(q, beta))
+    functions = (theory.calibrated_loss, theory.calibrated_reward, theory.sharp_reward)
+    level, low, high = (float(np.mean(f(q))) for f in functions)
+    loss, reward = mean_path(q, [beta]).iloc[0]
     width, height = max(2.6 * (loss - level), 0.1), max(high - low, 0.02)
     left, bottom, top = level - 0.3 * width, low - 0.4 * height, high + 0.2 * height
-    trace = np.logspace(3, -2, 600)
-    curve = theory.rl_loss(q, trace), theory.rl_reward(q, trace)
-    border = np.concatenate([[level], curve[0], [1e3]]), np.concatenate([[bottom], curve[1], [high]])
+    best = frontier(q, np.logspace(-3, 4, 600))
+    border = [level, *best["sft_loss"], 1e3], [bottom, *best["reward"], high]
     axes.fill_between(*border, top, color="0.93", zorder=0)
     axes.axvspan(left, level, color="0.93", zorder=0)
     axes.text(left + 0.03 * width, low + 0.2 * height, "no policy\nis here", color="0.45", style="italic", fontsize=10)
-    axes.plot(*curve, color="0.25", linewidth=1.5)
-    path = trace[trace > beta]
-    axes.plot(theory.rl_loss(q, path), theory.rl_reward(q, path), color=COLOURS["sft-rl"], linewidth=5, alpha=0.6)
+    axes.plot(best["sft_loss"], best["reward"], color="0.25", linewidth=1.5)
+    path = mean_path(q, np.geomspace(1e3, beta, 300))
+    axes.plot(path["sft_loss"], path["reward"], color=COLOURS["sft-rl"], linewidth=5, alpha=0.6)
     for b in (2, 1, 0.5, 0.25, 0.1):
-        if abs(np.log(b / beta)) > 0.1 and theory.rl_loss(q, b) < level + 0.9 * width:
-            place = float(theory.rl_loss(q, b)), float(theory.rl_reward(q, b))
-            axes.plot(*place, "o", color="0.25", markersize=4)
-            axes.annotate(f"β = {b:g}", place, (6, -13), textcoords="offset points", fontsize=9)
+        x, y = mean_path(q, [b]).iloc[0]
+        if abs(np.log(b / beta)) > 0.1 and x < level + 0.9 * width:
+            axes.plot(x, y, "o", color="0.25", markersize=4)
+            axes.annotate(f"β = {b:g}", (x, y), (6, -13), textcoords="offset points", fontsize=9)
     style = {"arrowstyle": "-|>", "linewidth": 2, "shrinkA": 8, "shrinkB": 8, "connectionstyle": "arc3,rad=-0.3"}
     axes.annotate("", (level, low), (loss, reward), arrowprops=style | {"color": COLOURS["sft"]})
     axes.plot([level] * 2, [low, high], ":", color="0.3", linewidth=1.5)
@@ -319,26 +344,26 @@ def draw_frontier(axes: Axes, q: float, beta: float) -> None:
     axes.plot(level, high, "*", color="0.3", markersize=16, label="its greedy answers")
     name = f"ideal RL from there, β = {beta:g}:\nJ {reward - low:+.3f} at L {loss - level:+.3f} nats"
     axes.plot(loss, reward, "s", color=COLOURS["sft-rl"], markersize=10, label=name)
-    for text, place, colour in (
+    for text, (x, y), colour in (
         ("RL", (level + 0.14 * (loss - level), low + 0.55 * height), COLOURS["sft-rl"]),
         ("SFT", (loss, low + 0.5 * height), COLOURS["sft"]),
         ("decoding ", (level, low + 0.75 * height), "0.3"),
     ):
         side = "right" if text.endswith(" ") else "left"
-        axes.text(*place, text, color=colour, weight="bold", ha=side)
+        axes.text(x, y, text, color=colour, weight="bold", ha=side)
     axes.set(xlim=(left, level + width), ylim=(bottom, top))
     axes.set(xlabel="SFT loss L, nats per response", ylabel="reward J of sampled answers")
 
 
-def draw_theory(q: float, beta: float, policies: pd.DataFrame, curves: list[pd.DataFrame]) -> Figure:
+def draw_theory(q: ArrayLike, beta: float, policies: pd.DataFrame, curves: list[pd.DataFrame]) -> Figure:
     """The paper in one figure: what ideal stages do to the two goals, and where trained ones land.
 
-    ``policies`` has the columns ``run, seed, loss, reward, greedy`` (the reward of greedy answers), on dev; ``curves``
+    ``q`` is as in `draw_frontier`. ``policies`` is `predictions.measured_levels` of the experiments' runs; ``curves``
     are each seed's SFT policy made sharper and less sharp by one number, ``loss, reward``.
     """
     figure, (ideal, trained) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     draw_frontier(ideal, q, beta)
-    ideal.set_title(f"Ideal stages, two labels, q = {q:g}")
+    ideal.set_title("Ideal stages, two labels")
     for curve in curves:
         trained.plot(curve["loss"], curve["reward"], color="0.65", linewidth=1, zorder=0)
     trained.plot([], [], color="0.65", label="SFT, made sharper by one number")
@@ -404,4 +429,76 @@ def draw_sweep(entries: list[SweepEntry]) -> Figure:
     panels[0].set_yscale("symlog", linthresh=0.1)
     handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def draw_who_pays(payers: list[Payer], tilt: Tilt) -> Figure:
+    """The rise of the SFT loss by RL after SFT for each q(x), and the shift of the label's log-odds against the ideal.
+
+    On the right a mark per bin of the probability that the label had before RL, its size the share of sentences.
+    """
+    figure, (rises, shifts) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    ends = {}
+    for key, text, colour in (("perfect_learner", "perfect learner", PERFECT), ("own_belief", "own belief", OWN)):
+        values = [payer[key] for payer in payers]  # type: ignore[literal-required]
+        rises.plot(range(len(payers)), values, color=colour, marker="D", fillstyle="none")
+        ends[text] = (values[-1], colour)
+    for place, payer in enumerate(payers):
+        draw_mean(rises, place, payer["measured"], fmt="o")
+    ends["measured"] = (payers[-1]["measured"]["mean"], MEASURED)
+    rises.axhline(0, color="0.35", linewidth=1)
+    rises.set_xticks(range(len(payers)), [f"{1 - payer['q']:.0%}\n({payer['share']:.0%})" for payer in payers])
+    rises.set(xlabel="annotators who disagree (share of sentences)", ylabel="rise of the SFT loss by RL, nats")
+    for one in tilt["bins"]:
+        x, y = one["ideal_shift"], one["measured_shift"]
+        draw_mean(shifts, x, y, fmt="o", markersize=4 + 14 * np.sqrt(one["share"]))
+        shifts.annotate(
+            f"{one['low']:g} to {one['high']:g}", (x, y["mean"]), (9, -13), textcoords="offset points", fontsize=9
+        )
+    low, high = min(one["ideal_shift"] for one in tilt["bins"]), max(one["ideal_shift"] for one in tilt["bins"])
+    shifts.plot([low, high], [low, high], color=OWN)
+    shifts.set(xlabel="ideal shift of the label's log-odds, own belief", ylabel="measured shift")
+    shifts.margins(x=0.15)
+    shifts.set_title(f"by p(label) before RL; slope {shown(tilt['slope'], '.2f')}", fontsize=10)
+    figure.canvas.draw()
+    label_ends(rises, ends)
+    label_ends(shifts, {"as far as asked": (high, OWN)})
+    figure.suptitle(
+        f"RL changes the SFT loss by {payers[0]['measured']['mean']:+.2f} nats where {1 - payers[0]['q']:.0%} of "
+        f"annotators disagree, by {payers[-1]['measured']['mean']:+.2f} where {1 - payers[-1]['q']:.0%} do"
+    )
+    return figure
+
+
+def draw_crossing(crossing: Crossing) -> Figure:
+    """L after RL minus the base's L against beta, measured and predicted, and the beta at which it crosses zero."""
+    figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
+    sweep = [point for point in crossing["points"] if point["run"] != "sft-rl"]
+    ends = {}
+    for key, text, colour in (("perfect_learner", "perfect learner", PERFECT), ("own_belief", "own belief", OWN)):
+        known = [(point["beta"], point[key]) for point in sweep if point[key] is not None]  # type: ignore[literal-required]
+        if known:
+            axes.plot(*zip(*known, strict=True), color=colour, marker="D", fillstyle="none")
+            ends[text] = (known[-1][1], colour)
+    for point in sweep:
+        draw_mean(axes, point["beta"], point["measured"], fmt="o")
+    ends["measured"] = (sweep[-1]["measured"]["mean"], MEASURED)
+    for own in (point for point in crossing["points"] if point["run"] == "sft-rl"):
+        place = own["beta"] / 1.06, own["measured"]["mean"]
+        draw_mean(axes, place[0], own["measured"], fmt="s", fillstyle="none")
+        axes.annotate("sft-rl", place, (8, -14), textcoords="offset points", fontsize=9)
+    axes.axhline(0, color="0.35", linewidth=1.2)
+    found, seeds = crossing["measured"], crossing["by_seed"]
+    title = "RL after SFT crosses the base's SFT loss at no β of the sweep"
+    if found:
+        axes.plot(found["ci95"] or [found["mean"]] * 2, [0, 0], color=MEASURED, linewidth=7, alpha=0.4)
+        count = sum(beta is not None for beta in seeds)
+        where = f"{shown(found, '.2f')} ({count} of {len(seeds)} seeds cross)"
+        title = f"RL after SFT ends at the base's SFT loss at β* = {where}"
+    axes.set_yscale("symlog", linthresh=0.2)
+    axes.set(xscale="log", xlabel="β, reward per nat of KL (falling)", ylabel="SFT loss after RL - base's, nats")
+    axes.invert_xaxis()
+    axes.set_title(title, fontsize=11)
+    figure.canvas.draw()
+    label_ends(axes, ends | {"base": (0.0, "0.35")})
     return figure

@@ -66,11 +66,20 @@ def gap_of_objective(rng: np.random.Generator) -> float:
 
 
 def gap_of_frontier(rng: np.random.Generator, q: float) -> float:
-    """No policy on 50 sentences of agreement ``q`` lies beyond the frontier of loss and reward."""
-    odds = rng.uniform(1, 12) + rng.uniform(0, 4) * rng.normal(size=50)
+    """No policy on 50 sentences of agreement ``q``, or of many, lies beyond the frontier of loss and reward."""
+    odds, truth = rng.uniform(1, 12) + rng.uniform(0, 4) * rng.normal(size=50), np.ones(50)
     mean_p = np.exp(theory.two_label_policy(odds)[:, 1]).mean()
     bound = theory.expected_loss(logit([mean_p]), [1], 1 - q)
-    return float(np.max([0.0, bound - theory.expected_loss(odds, np.ones(50), 1 - q)]))
+    many, price = rng.uniform(0.51, 0.99, 50), 10 ** rng.uniform(-2, 1)
+    best, logd = logit(theory.frontier_probability(many, price)), theory.annotator_policy(truth, 1 - many)
+
+    def values(odds: theory.FloatArray) -> theory.FloatArray:
+        logp = theory.two_label_policy(odds)
+        reward = theory.prompt_rewards(logp, theory.agreement_reward(logd))
+        return price * reward - theory.prompt_losses(logp, logd)
+
+    beyond = values(best + 10 ** rng.uniform(-3, 1) * rng.normal(size=50)) - values(best)
+    return float(np.max([0.0, bound - theory.expected_loss(odds, truth, 1 - q), beyond.max()]))
 
 
 def gap_of_closed_forms(q: float) -> float:

@@ -7,19 +7,30 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq, minimize_scalar
-from scipy.special import expit, logit
+from scipy.special import expit, log_expit, logit
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.identities import identity_gaps
-from nondecoupling.analysis.predictions import label_log_odds
+from nondecoupling.analysis.predictions import agreement_of, known_agreement, label_log_odds, levels, policies_of
 from nondecoupling.analysis.statistics import over_seeds
-from nondecoupling.analysis.sweep import summarise_sweep
-from nondecoupling.study.contracts import Decoding, Landing, Point, TheoryFile
+from nondecoupling.analysis.sweep import change_of, crossing, slope_of_shift, summarise_sweep
+from nondecoupling.study.contracts import (
+    Agreement,
+    Decoding,
+    Landing,
+    OverSeeds,
+    Payer,
+    Point,
+    TheoryFile,
+    Tilt,
+    TiltBin,
+)
 from nondecoupling.study.plan import STATES
 from nondecoupling.study.profile import Profile
 from nondecoupling.study.results import Results
 
-EXAMPLE_Q, EXAMPLE_BETA = 0.9, 0.5  # shown where a study's own q is unknown or its beta is 0
+EXAMPLE_Q, EXAMPLE_BETA = 0.9, 0.5  # of examples; a study's own beta instead, where it is not 0
+P_EDGES = (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)  # bins of the probability that the start gives to the label
 
 Decoder = Callable[[np.ndarray], np.ndarray]  # log-odds of the policy to log-odds of its answers
 
@@ -38,16 +49,16 @@ def point_of(log_odds: np.ndarray, labels: pd.Series) -> Point:
 def landings(results: Results) -> list[Landing]:
     """One entry per seed for `sft-rl`, which starts from the measured `sft`, and for `rl`, from the measured base."""
     records = []
-    q = results.study.profile.data.agreement
     for name in ("sft-rl", "rl"):
         run = results.study.run(name)
         beta, parent = results.study.settings_of(run).rl.beta, str(run.parent)
         for seed in results.seeds:
             start, end = (results.answers_of(policy, seed) for policy in (parent, name))
-            before, labels = label_log_odds(start), start["label"]
-            knows = q is not None and beta > 0
-            tilted = theory.tilted_log_odds(before, start["truth"].astype(int), 1 - (q or 1), beta) if knows else None
+            before, labels, q = label_log_odds(start), start["label"], agreement_of(start)
             believed = theory.self_tilted_log_odds(before, beta) if beta > 0 else None
+            tilted = None
+            if q is not None and beta > 0:
+                tilted = theory.tilted_log_odds(before, start["truth"].astype(int), 1 - q, beta)
             record: Landing = {
                 "run": name,
                 "seed": seed,
@@ -62,16 +73,82 @@ def landings(results: Results) -> list[Landing]:
     return records
 
 
-def landed(results: Results) -> pd.DataFrame:
-    """``run, seed, loss, reward, greedy`` of the policies of both experiments, on the dev labels as given."""
-    rows = []
-    for run in STATES:
-        for seed in results.seeds:
-            answers = results.answers_of(run, seed)
-            log_odds, labels = label_log_odds(answers), answers["label"]
-            greedy = theory.reward_on_labels(GREEDY(log_odds), labels)
-            rows.append({"run": run, "seed": seed, **point_of(log_odds, labels), "greedy": greedy})
-    return pd.DataFrame(rows)
+# Sentence by sentence
+
+
+def moves(results: Results, name: str) -> pd.DataFrame:
+    """What RL did to every sentence of every seed, next to its closed form by own belief: a row for each.
+
+    ``seed``, ``q`` (nan where unknown), ``p`` (of the label, before RL), the shifts of the label's log-odds ``ideal``
+    and ``measured``, and the rises of its loss ``loss`` and ``loss, own belief`` (nats).
+    """
+    run, tables = results.study.run(name), []
+    beta = results.study.settings_of(run).rl.beta
+    for seed in results.seeds:
+        start, end = (results.answers_of(policy, seed) for policy in (str(run.parent), name))
+        side = np.where(start["label"] == 1, 1, -1)
+        before, after = (side * label_log_odds(answers) for answers in (start, end))
+        ideal = theory.self_tilted_log_odds(before, beta)
+        loss = {"loss": after, "loss, own belief": ideal}
+        columns = {"q": start["agreement"], "p": expit(before), "ideal": ideal - before, "measured": after - before}
+        columns |= {what: log_expit(before) - log_expit(odds) for what, odds in loss.items()}
+        tables.append(pd.DataFrame({"seed": seed, **columns}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def who_pays(results: Results) -> list[Payer]:
+    """The rise of the SFT loss by RL after SFT for the sentences of each q(x), by falling q, on the labels as given.
+
+    Empty where q(x) is unknown or beta is 0.
+    """
+    beta = results.study.profile.rl.beta
+    if known_agreement(results) is None or beta == 0:
+        return []
+    table = moves(results, "sft-rl")
+    table["loss, perfect learner"] = theory.rl_loss(table["q"], beta) - theory.calibrated_loss(table["q"])
+    return [
+        Payer(**change_of(part.groupby("seed").mean(), "loss"), q=float(q), share=len(part) / len(table))  # type: ignore[arg-type]
+        for q, part in table.groupby("q", sort=True)
+    ][::-1]
+
+
+def tilt_calibration(results: Results) -> list[Tilt]:
+    """How far `sft-rl` and `rl` moved each sentence, against its closed form by own belief; empty where beta is 0.
+
+    The loss can agree on average while sentences that the start has wrong move too little and others too much: the bins
+    are of the probability that the start gives to the label. Means over the seeds that have sentences in a bin.
+    """
+    found: list[Tilt] = []
+    for name in ("sft-rl", "rl") if results.study.profile.rl.beta > 0 else ():
+        table = moves(results, name)
+        fits = [
+            (slope_of_shift(x, y), float(x @ y / np.sqrt((x @ x) * (y @ y))))
+            for x, y in ((part["ideal"].to_numpy(), part["measured"].to_numpy()) for _, part in table.groupby("seed"))
+        ]
+        slopes, cosines = zip(*fits, strict=True)
+        bins = pd.cut(table["p"], P_EDGES, labels=False, include_lowest=True)
+        found.append(
+            {
+                "run": name,
+                "slope": over_seeds(slopes),
+                "cosine": over_seeds(cosines),
+                "bins": [tilt_bin(int(place), part, len(table)) for place, part in table.groupby(bins)],  # type: ignore[call-overload]
+            }
+        )
+    return found
+
+
+def tilt_bin(place: int, part: pd.DataFrame, sentences: int) -> TiltBin:
+    """The entry of one bin of `tilt_calibration` from its part of `moves`."""
+    means = part.groupby("seed").mean()
+    return TiltBin(
+        **change_of(means, "loss"),
+        low=P_EDGES[place],
+        high=P_EDGES[place + 1],
+        share=len(part) / sentences,
+        ideal_shift=float(means["ideal"].mean()),
+        measured_shift=over_seeds(means["measured"]),
+    )
 
 
 def train_against_dev(results: Results) -> dict[str, np.ndarray]:
@@ -92,13 +169,6 @@ def train_against_dev(results: Results) -> dict[str, np.ndarray]:
     return {name: np.asarray(change) for name, change in (found | ideal).items() if len(change)}
 
 
-def beta_at(q: float, loss: float) -> float | None:
-    """The beta at which ideal RL from the calibrated policy has this SFT loss; None where no beta brings it there."""
-    if not theory.calibrated_loss(q) + 1e-3 <= loss <= theory.rl_loss(q, 1e-3):
-        return None
-    return float(np.exp(brentq(lambda x: theory.rl_loss(q, np.exp(x)) - loss, np.log(1e-3), np.log(1e3))))
-
-
 # Test time
 
 
@@ -114,15 +184,32 @@ def losses(results: Results, run: str) -> np.ndarray:
     return np.array([theory.loss_on_labels(label_log_odds(a), a["label"]) for a in policies])
 
 
+def temperature_of_least_loss(log_odds: np.ndarray, labels: pd.Series) -> float:
+    """The temperature, between e^-3 and e^3, at which a policy has the least loss: 1 if it is calibrated."""
+
+    def loss(log_t: float) -> float:
+        return theory.loss_on_labels(theory.tempered_log_odds(log_odds, np.exp(log_t)), labels)
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+
+
+def calibration(results: Results) -> dict[str, OverSeeds]:
+    """`temperature_of_least_loss` of each policy of the two experiments: above 1 it is overconfident."""
+    return {
+        run: over_seeds([temperature_of_least_loss(odds, table["label"]) for odds, table in policies_of(results, run)])
+        for run in STATES
+    }
+
+
 def sharpening(log_odds: np.ndarray, labels: pd.Series, loss: float) -> tuple[float, float]:
     """The temperature of least loss of a policy, and the lower one at which it has ``loss`` (nan if there is none)."""
 
     def excess(log_t: float) -> float:
         return theory.loss_on_labels(theory.tempered_log_odds(log_odds, np.exp(log_t)), labels) - loss
 
-    best = minimize_scalar(excess, bounds=(-3, 3), method="bounded")
-    crossed = best.fun < 0 < excess(-9)
-    return float(np.exp(best.x)), float(np.exp(brentq(excess, -9, best.x))) if crossed else np.nan
+    best = temperature_of_least_loss(log_odds, labels)
+    crossed = excess(np.log(best)) < 0 < excess(-9)
+    return best, float(np.exp(brentq(excess, -9, np.log(best)))) if crossed else np.nan
 
 
 def sharpened_alike(results: Results) -> pd.DataFrame:
@@ -167,15 +254,14 @@ def decoding(results: Results) -> Decoding:
 # theory.json
 
 
-def example_values(profile: Profile) -> tuple[float, float]:
-    """q and beta to illustrate with: the study's own where q is known and beta is not 0, else an example's."""
-    return profile.data.agreement or EXAMPLE_Q, profile.rl.beta or EXAMPLE_BETA
+def example_beta(profile: Profile) -> float:
+    """beta to illustrate with: the study's own unless it is 0."""
+    return profile.rl.beta or EXAMPLE_BETA
 
 
 def fixed_points(profile: Profile) -> dict[str, Any]:
-    """Where ideal RL, and each variant of GRPO, comes to rest from the calibrated policy."""
-    (q, beta), answers = example_values(profile), profile.rl.answers_per_prompt
-    q = min(q, 0.99)  # a certain label has no finite log-odds
+    """Where ideal RL, and each variant of GRPO, comes to rest from the calibrated policy, for `EXAMPLE_Q`."""
+    q, beta, answers = EXAMPLE_Q, example_beta(profile), profile.rl.answers_per_prompt
     scaled = beta * (answers - 1) / answers
     variants: dict[str, tuple[float, dict[str, bool]]] = {
         "ideal RL; normalisation: none": (scaled, {}),
@@ -199,24 +285,40 @@ def fixed_points(profile: Profile) -> dict[str, Any]:
     return {"q": q, "beta": beta, "answers": answers, "variants": found}
 
 
+def distinct(q: np.ndarray | None) -> list[Agreement] | None:
+    """The values of q(x) and the share of sentences of each, by falling q; None where q(x) is unknown."""
+    if q is None:
+        return None
+    values, counts = np.unique(q, return_counts=True)
+    return [{"q": float(v), "share": float(n / q.size)} for v, n in zip(values[::-1], counts[::-1], strict=True)]
+
+
 def theory_file(results: Results, per_seed: pd.DataFrame | None) -> TheoryFile:
     """The content of theory.json; ``per_seed`` is `sweep.confront_sweep`'s table, None where there is no sweep."""
-    profile = results.study.profile
-    q, beta = profile.data.agreement, profile.rl.beta
-    rl = None if q is None or beta == 0 else (float(theory.rl_loss(q, beta)), float(theory.rl_reward(q, beta)))
-    calibrated_loss = None if q is None else float(theory.calibrated_loss(q))
+    profile, q = results.study.profile, known_agreement(results)
+    beta = profile.rl.beta
+    ideal = None if q is None or beta == 0 else [float(np.mean(f(q, beta))) for f in (theory.rl_loss, theory.rl_reward)]
+    level, low, high = (
+        None if q is None else float(np.mean(f(q)))
+        for f in (theory.calibrated_loss, theory.calibrated_reward, theory.sharp_reward)
+    )
     return {
-        "q": q,
+        "agreement": distinct(q),
         "beta": beta,
-        "calibrated_loss": calibrated_loss,
-        "calibrated_reward": None if q is None else float(theory.calibrated_reward(q)),
-        "sharp_reward": None if q is None else float(theory.sharp_reward(q)),
-        "rl_loss": rl[0] if rl else None,
-        "rl_reward": rl[1] if rl else None,
-        "c1": rl[0] - calibrated_loss if rl and calibrated_loss is not None else None,
+        "calibrated_loss": level,
+        "calibrated_reward": low,
+        "sharp_reward": high,
+        "rl_loss": ideal[0] if ideal else None,
+        "rl_reward": ideal[1] if ideal else None,
+        "c1": ideal[0] - level if ideal and level is not None else None,
+        "levels": levels(results),
+        "temperatures": calibration(results),
         "runs": landings(results),
-        "identity_gaps": identity_gaps(example_values(profile)[0], profile.rl.answers_per_prompt),
+        "who_pays": who_pays(results),
+        "tilts": tilt_calibration(results),
+        "identity_gaps": identity_gaps(EXAMPLE_Q, profile.rl.answers_per_prompt),
         "test_time": decoding(results),
         "fixed_points": fixed_points(profile),
         "sweep": None if per_seed is None else summarise_sweep(results, per_seed),
+        "crossing": crossing(results),
     }

@@ -1,21 +1,27 @@
 """What theory predicts for each claim: for a *perfect learner*, who knows the truth, and by a policy's *own belief*.
 
 A perfect learner's stages reach their optimum: SFT ends calibrated (loss H(q), reward (2q-1)^2), RL at its closed form.
-Own belief starts from the measured policies, takes them to be calibrated, and needs no known truth.
+Own belief starts from the measured policy, takes it to be calibrated, and needs no known truth. Neither reads a policy
+that the stage which it predicts has made.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
+from scipy.optimize import brentq
+from scipy.special import logit, xlog1py, xlogy
 
 from nondecoupling.analysis import theory
-from nondecoupling.study.contracts import ClaimRow
+from nondecoupling.analysis.statistics import over_seeds
+from nondecoupling.study.contracts import ClaimRow, Level
 from nondecoupling.study.results import Results
 
 FRONTIER_BETAS = np.geomspace(0.3, 30, 60)  # at which frontiers are drawn
-NO_RL = 1e6  # a beta at which ideal RL stays where it starts
+SAME_PREDICTION = {"K1": "A1", "K3r": "O1", "K10": "A1"}  # other training, or a reward like a coin, changes nothing
+AFTER_BASE = ("sft", "sft-rl", "rl", "rl-sft")  # the policies whose levels theory predicts
 
 Predictions = dict[str, float]  # by the claims' ids
 
@@ -25,73 +31,198 @@ def label_log_odds(answers: pd.DataFrame) -> np.ndarray:
     return (answers["logp_acceptable"] - answers["logp_unacceptable"]).to_numpy()
 
 
+def agreement_of(answers: pd.DataFrame) -> np.ndarray | None:
+    """q(x), the probability of each sentence's likelier label, (sentences,); None where nobody knows it."""
+    q = answers["agreement"].to_numpy(dtype=float)
+    return None if np.isnan(q).any() else q
+
+
+def known_agreement(results: Results) -> np.ndarray | None:
+    """q(x) of the dev sentences of all seeds, one after the other; None where nobody knows it."""
+    found = [agreement_of(results.answers_of("sft", seed)) for seed in results.seeds]
+    return None if any(q is None for q in found) else np.concatenate(found)  # type: ignore[arg-type]
+
+
+def policies_of(results: Results, run: str) -> list[tuple[np.ndarray, pd.DataFrame]]:
+    """Log-odds on dev and answers of a run's policy, for each seed."""
+    policies = (results.answers_of(run, seed) for seed in results.seeds)
+    return [(label_log_odds(answers), answers) for answers in policies]
+
+
 def mean_over_seeds(results: Results, run: str, quantity: Callable[[np.ndarray, pd.DataFrame], float]) -> float:
     """Mean over seeds of ``quantity(log-odds of the run's policy on dev, its answers)``."""
-    policies = (results.answers_of(run, seed) for seed in results.seeds)
-    return float(np.mean([quantity(label_log_odds(answers), answers) for answers in policies]))
+    return float(np.mean([quantity(*policy) for policy in policies_of(results, run)]))
+
+
+def beta_at(loss_at: Callable[[float], float], level: float) -> float | None:
+    """The beta between 0.001 and 1000 at which RL whose loss is ``loss_at(beta)`` ends at ``level``; None for none."""
+
+    def excess(log_beta: float) -> float:
+        return loss_at(float(np.exp(log_beta))) - level
+
+    low, high = np.log(1e-3), np.log(1e3)
+    return float(np.exp(brentq(excess, low, high))) if excess(high) < 0 < excess(low) else None
+
+
+# Levels: where each policy of the two experiments should end, and where it did
+
+
+def measures(log_odds: np.ndarray, labels: ArrayLike, disagreement: ArrayLike = 0.0) -> dict[str, float]:
+    """A policy's loss and reward on the two labels, and the reward of its greedy answers."""
+    greedy = theory.tempered_log_odds(log_odds, 0)
+    return {
+        "loss": theory.expected_loss(log_odds, labels, disagreement),
+        "reward": theory.expected_reward_of_odds(log_odds, labels, disagreement),
+        "greedy": theory.expected_reward_of_odds(greedy, labels, disagreement),
+    }
+
+
+def measured_levels(results: Results, *runs: str) -> pd.DataFrame:
+    """`measures` of each of ``runs``, on the dev labels as given: a row per run and seed."""
+    policies = ((run, answers) for run in runs for _, answers in policies_of(results, run))
+    return pd.DataFrame(
+        {"run": run, "seed": answers["seed"].iloc[0], **measures(label_log_odds(answers), answers["label"])}
+        for run, answers in policies
+    )
+
+
+def own_levels(results: Results) -> pd.DataFrame | None:
+    """`measures` by own belief, means over seeds, indexed by run; None where beta is 0, which has no closed form.
+
+    `sft` is measured, and `sft-rl` its closed form. `rl` is the closed form of the measured base, and from there SFT
+    ends where it ends from the base, because its optimum does not depend on where it starts.
+    """
+    beta = results.study.profile.rl.beta
+    if beta == 0:
+        return None
+    rows: dict[str, list[dict[str, float]]] = {run: [] for run in AFTER_BASE}
+    for start, untrained, trained in (("sft", ("sft", "rl-sft"), "sft-rl"), ("base", (), "rl")):
+        for log_odds, answers in policies_of(results, start):
+            for run in untrained:
+                rows[run].append(measures(log_odds, answers["label"]))
+            rows[trained].append(measures(theory.self_tilted_log_odds(log_odds, beta), answers["label"]))
+    return pd.DataFrame({run: pd.DataFrame(found).mean() for run, found in rows.items()}).T
+
+
+def perfect_levels(results: Results) -> pd.DataFrame | None:
+    """`measures` of a perfect learner in expectation over annotators, indexed by run; None where own belief has none,
+    and where the truth is unknown.
+
+    All are means over q(x). `rl` is the measured base, tilted by what each answer earns.
+    """
+    q, beta = known_agreement(results), results.study.profile.rl.beta
+    if q is None or beta == 0:
+        return None
+    sharp = theory.sharp_reward(q)
+    calibrated = {"loss": theory.calibrated_loss(q), "reward": theory.calibrated_reward(q), "greedy": sharp}
+    ideal = {"loss": theory.rl_loss(q, beta), "reward": theory.rl_reward(q, beta), "greedy": sharp}
+    from_base = []
+    for log_odds, answers in policies_of(results, "base"):
+        truth, disagreement = answers["truth"].astype(int), 1 - answers["agreement"]
+        from_base.append(measures(theory.tilted_log_odds(log_odds, truth, disagreement, beta), truth, disagreement))
+    rows = {"sft": calibrated, "sft-rl": ideal, "rl": pd.DataFrame(from_base), "rl-sft": calibrated}
+    return pd.DataFrame({run: pd.DataFrame(found).mean() for run, found in rows.items()}).T
+
+
+def levels(results: Results) -> list[Level]:
+    """Loss and rewards of each policy that the experiments train: measured, and where it was predicted to end.
+
+    Own belief predicts none for `sft`, from which it starts.
+    """
+    measured, own, perfect = measured_levels(results, *AFTER_BASE), own_levels(results), perfect_levels(results)
+    return [
+        {
+            "quantity": quantity,
+            "run": run,
+            "measured": over_seeds(measured.loc[measured["run"] == run, quantity]),
+            "own_belief": None if own is None or run == "sft" else float(own.loc[run, quantity]),
+            "perfect_learner": None if perfect is None else float(perfect.loc[run, quantity]),
+        }
+        for quantity in ("loss", "reward", "greedy")
+        for run in AFTER_BASE
+    ]
+
+
+def differences_of(predicted: pd.DataFrame | None, results: Results) -> Predictions:
+    """The paper's claims and O1 as differences of predicted levels, and of the measured base's loss; empty for None."""
+    if predicted is None:
+        return {}
+    loss, reward, greedy = (predicted[quantity] for quantity in ("loss", "reward", "greedy"))
+    deficit = reward["rl-sft"] - reward["rl"]
+    found = {
+        "A1": loss["sft-rl"] - loss["sft"],
+        "A2": loss["sft-rl"] - results.final("base")["sft_loss"].mean(),
+        "B1": deficit,  # a sampled answer earns what is expected of it
+        "B2": deficit,
+        "B3": greedy["rl-sft"] - greedy["rl"],
+        "O1": reward["sft-rl"] - reward["sft"],
+    }
+    return {name: float(difference) for name, difference in found.items()}
 
 
 def for_perfect_learner(results: Results) -> Predictions:
-    """What the closed forms predict for the paper's claims and O1; empty where q is unknown or beta is 0.
+    """What the closed forms predict for the paper's claims and O1; empty where q(x) is unknown or beta is 0."""
+    return differences_of(perfect_levels(results), results)
 
-    RL from the base is the measured base policy, tilted by the expected reward of each dev sentence.
+
+def from_policies(results: Results) -> Predictions:
+    """What own belief predicts for the paper's claims and O1, means over seeds; empty where beta is 0.
+
+    It is as good as the calibration of the policy that RL starts from; an overconfident base can turn its sign.
     """
-    q, beta = results.study.profile.data.agreement, results.study.profile.rl.beta
-    if q is None or beta == 0:
-        return {}
-    answers = results.answers_of("base", results.seeds[0])
-    truth, disagreement = answers["truth"].to_numpy(dtype=int), 1 - q
-    tilted = theory.tilted_log_odds(label_log_odds(answers), truth, disagreement, beta)
-    deficit = float(theory.calibrated_reward(q)) - theory.expected_reward_of_odds(tilted, truth, disagreement)
-    return {
-        "A1": float(theory.rl_loss(q, beta) - theory.calibrated_loss(q)),
-        "A2": float(theory.rl_loss(q, beta)) - results.final("base")["sft_loss"].mean(),
-        "B1": deficit,
-        "B2": deficit,
-        "B3": 0.0,
-        "O1": float(theory.rl_reward(q, beta) - theory.calibrated_reward(q)),
-    }
+    return differences_of(own_levels(results), results)
+
+
+# Frontiers: what RL's closed form traces in the plane of loss and reward as beta falls
 
 
 def own_frontier(results: Results, betas: Iterable[float]) -> pd.DataFrame:
     """``sft_loss, reward`` per beta, means over seeds: the measured SFT policies at RL's closed form, by own belief."""
-    points = []
+    policies, points = policies_of(results, "sft"), []
     for beta in betas:
-
-        def tilted(log_odds: np.ndarray, beta: float = beta) -> np.ndarray:
-            return theory.self_tilted_log_odds(log_odds, beta)
-
-        loss = mean_over_seeds(results, "sft", lambda x, answers: theory.loss_on_labels(tilted(x), answers["label"]))
-        reward = mean_over_seeds(
-            results, "sft", lambda x, answers: theory.reward_on_labels(tilted(x), answers["label"])
+        tilted = [(theory.self_tilted_log_odds(log_odds, beta), answers["label"]) for log_odds, answers in policies]
+        loss, reward = (
+            float(np.mean([measure(log_odds, labels) for log_odds, labels in tilted]))
+            for measure in (theory.loss_on_labels, theory.reward_on_labels)
         )
         points.append({"sft_loss": loss, "reward": reward})
     return pd.DataFrame(points)
 
 
-def perfect_frontier(q: float, betas: np.ndarray) -> pd.DataFrame:
-    """``sft_loss, reward`` per beta of a perfect learner, calibrated to agreement ``q``, at RL's closed form."""
-    return pd.DataFrame({"sft_loss": theory.rl_loss(q, betas), "reward": theory.rl_reward(q, betas)})
+def perfect_frontier(results: Results, betas: np.ndarray) -> pd.DataFrame | None:
+    """``sft_loss, reward`` per beta of a perfect learner at RL's closed form, means over q(x); None where unknown."""
+    q = known_agreement(results)
+    return None if q is None else mean_path(q, betas)
 
 
-def from_policies(results: Results) -> Predictions:
-    """What the measured policies predict for the paper's claims and O1, means over seeds.
+def mean_path(q: ArrayLike, betas: ArrayLike) -> pd.DataFrame:
+    """``sft_loss, reward`` per beta of ideal RL from the calibrated policy, means over ``q``, one or one per sentence.
 
-    RL after SFT: the measured SFT policy at the closed form, by own belief. SFT after RL: SFT ends where it ends from
-    the base, because its optimum does not depend on where it starts.
+    With a single q this is the `frontier`; with several it runs below it, because RL sharpens by 2(2q-1)/beta.
     """
-    beta, metrics = results.study.profile.rl.beta, results.final("base", "sft", "rl")
-    mean = metrics.groupby("run")[["sft_loss", "reward_exact", "reward_sampled", "reward_greedy"]].mean()
-    fall = mean.loc["sft"] - mean.loc["rl"]
-    found = {
-        name: float(fall[f"reward_{kind}"]) for name, kind in (("B1", "sampled"), ("B2", "exact"), ("B3", "greedy"))
-    }
-    if beta == 0:  # no closed form
-        return found
-    start, end = own_frontier(results, [NO_RL, beta]).itertuples(index=False)
-    rise = end.sft_loss - start.sft_loss
-    above_base = float(mean.loc["sft", "sft_loss"] + rise - mean.loc["base", "sft_loss"])
-    return found | {"A1": rise, "A2": above_base, "O1": end.reward - start.reward}
+    return means_over(q, lambda each: (theory.rl_loss(each, betas), theory.rl_reward(each, betas)))
+
+
+def frontier(q: ArrayLike, prices: ArrayLike) -> pd.DataFrame:
+    """``sft_loss, reward`` per price of the policies that no other beats in both, means over ``q``.
+
+    See `theory.frontier_probability`.
+    """
+
+    def ends(each: theory.FloatArray) -> tuple[theory.FloatArray, theory.FloatArray]:
+        p = theory.frontier_probability(each, prices)
+        return -xlogy(each, p) - xlog1py(1 - each, -p), (2 * each - 1) * (2 * p - 1)
+
+    return means_over(q, ends)
+
+
+def means_over(
+    q: ArrayLike, ends: Callable[[theory.FloatArray], tuple[theory.FloatArray, theory.FloatArray]]
+) -> pd.DataFrame:
+    """``sft_loss, reward``: means over ``q`` of what ``ends`` says of its distinct values, (values, 1)."""
+    values, counts = np.unique(q, return_counts=True)
+    loss, reward = (np.average(each, axis=0, weights=counts) for each in ends(values[:, None]))
+    return pd.DataFrame({"sft_loss": loss, "reward": reward})
 
 
 # Controls
@@ -111,55 +242,56 @@ def wording_rise(p: np.ndarray, share: np.ndarray, beta: float) -> float:
 def of_controls(results: Results, claims: list[ClaimRow]) -> tuple[Predictions, Predictions]:
     """For the controls, what a perfect learner would do (empty where the truth is unknown), and own belief.
 
-    Nothing where beta is 0, which has no closed form.
-    ``claims`` are the judged claims of the same study; A1's predictions hold for K1, K3 and K10, too.
+    Nothing where beta is 0, which has no closed form. ``claims`` are the judged claims of the same study: what they
+    predict holds for the controls of `SAME_PREDICTION`, too.
     """
-    q, beta, study = results.study.profile.data.agreement, results.study.profile.rl.beta, results.study
+    q, beta, study = known_agreement(results), results.study.profile.rl.beta, results.study
     if beta == 0:
         return {}, {}
-    rise = next(row for row in claims if row["id"] == "A1")
-    metrics = results.final()
-    reward = metrics.groupby("run")["reward_exact"].mean()
+    judged = {row["id"]: row for row in claims}
 
-    def tilted(log_odds: np.ndarray) -> np.ndarray:
-        return theory.self_tilted_log_odds(log_odds, beta)
+    def same(prediction: Literal["predicted", "predicted_from_policies"]) -> Predictions:
+        found = {name: judged[claim][prediction] for name, claim in SAME_PREDICTION.items() if claim in judged}
+        return {name: value for name, value in found.items() if value is not None}
 
-    def reward_after_tilt(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
-        return theory.reward_on_labels(tilted(log_odds), answers["label"])
+    def reward(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
+        return theory.reward_on_labels(log_odds, answers["label"])
+
+    def reward_after_rl(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
+        return reward(theory.self_tilted_log_odds(log_odds, beta), answers)
+
+    def reward_after_two_rl(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
+        return reward(theory.self_tilted_log_odds(log_odds, beta / 2), answers)  # two tilts are one at half the price
 
     def reward_after_proxy(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
         scored = results.answers_of(str(study.run("sft-rl-proxy").proxy), answers["seed"].iloc[0])
         added = (scored["score_acceptable"] - scored["score_unacceptable"]).to_numpy() / beta
-        return theory.reward_on_labels(log_odds + added, answers["label"])
+        return reward(log_odds + added, answers)
 
     def rise_by_wording(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
         usual = np.exp(answers[["logp_unacceptable", "logp_acceptable"]].to_numpy()).sum(1).clip(max=1)
         return wording_rise(np.exp(theory.two_label_policy(log_odds)[:, 1]), 1 - usual, beta)
 
-    def rise_by_tilt(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
-        labels = answers["label"]
-        return theory.loss_on_labels(tilted(log_odds), labels) - theory.loss_on_labels(log_odds, labels)
+    def rise_by_rl(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
+        tilted, labels = theory.self_tilted_log_odds(log_odds, beta), answers["label"]
+        return theory.loss_on_labels(tilted, labels) - theory.loss_on_labels(log_odds, labels)
 
-    policies: dict[str, Any] = dict.fromkeys(("K1", "K3", "K10"), rise["predicted_from_policies"]) | {
-        "K2": float(reward["sft"]) - mean_over_seeds(results, "rl", reward_after_tilt),
+    policies = same("predicted_from_policies") | {
+        "K2": mean_over_seeds(results, "sft", reward) - mean_over_seeds(results, "base", reward_after_two_rl),
         "K4": mean_over_seeds(results, "sft-wordings", rise_by_wording),
-        "K9": mean_over_seeds(results, "sft", reward_after_proxy) - mean_over_seeds(results, "sft", reward_after_tilt),
+        "K9": mean_over_seeds(results, "sft", reward_after_proxy) - mean_over_seeds(results, "sft", reward_after_rl),
     }
     if results.has("sft-clean"):
-        policies["K6"] = mean_over_seeds(results, "sft-clean", rise_by_tilt)
-    if results.has("rl-weak"):
-        policies["K8"] = float(reward["sft"] - reward["rl-weak"])
-    perfect: dict[str, Any] = dict.fromkeys(("K1", "K3", "K10"), rise["predicted"])
-    if q is not None:
-        calibrated, by_truth = float(theory.calibrated_reward(q)), float(theory.rl_reward(q, beta))
-        share = study.settings_of(study.run("sft-wordings")).sft.other_wording_share
-        certain = np.log(q / (1 - q)) if q < 1 else np.inf
-        by_proxy = theory.expected_reward_of_odds([certain * (1 + 1 / beta)], [1], 1 - q)
-        perfect |= {
-            "K2": calibrated - float(theory.rl_reward(q, beta / 2)),  # two tilts are one at half the price
-            "K4": wording_rise(np.array([q]), np.array([share]), beta),
-            "K6": 0.0,
-            "K8": calibrated - metrics["majority_reward"].iloc[0],
-            "K9": by_proxy - by_truth,
-        }
+        policies["K6"] = mean_over_seeds(results, "sft-clean", rise_by_rl)
+    if q is None:
+        return {}, policies
+    truth = np.ones_like(q)
+    by_proxy = theory.expected_reward_of_odds(logit(q) * (1 + 1 / beta), truth, 1 - q)  # scores are calibrated log-odds
+    share = study.settings_of(study.run("sft-wordings")).sft.other_wording_share
+    perfect = same("predicted") | {
+        "K2": float(np.mean(theory.calibrated_reward(q) - theory.rl_reward(q, beta / 2))),
+        "K4": wording_rise(q, np.full_like(q, share), beta),
+        "K6": 0.0,
+        "K9": by_proxy - float(np.mean(theory.rl_reward(q, beta))),
+    }
     return perfect, policies

@@ -1,44 +1,28 @@
-"""The sweep of beta: how far RL after SFT moved at each beta, next to where the theory says that it comes to rest.
+"""The sweep of beta: how far RL after SFT moved at each beta, next to where the theory says that it comes to rest, and
+the beta at which it ends at the base's loss.
 
 Losses (nats) and rewards are those of the two labels, renormalised, on the dev labels as given.
 """
 
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from safetensors.numpy import load_file
 from scipy.special import expit, logit
-from tokenizers import Tokenizer
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.claims import interval_of, verdict_of_amount
-from nondecoupling.analysis.predictions import label_log_odds
-from nondecoupling.analysis.statistics import over_seeds, shown
-from nondecoupling.study.contracts import Change, SweepEntry
+from nondecoupling.analysis.predictions import agreement_of, beta_at, label_log_odds, policies_of
+from nondecoupling.analysis.statistics import over_seeds
+from nondecoupling.study.contracts import Change, Crossing, CrossingPoint, OverSeeds, SweepEntry
 from nondecoupling.study.plan import Run
 from nondecoupling.study.profile import Rl
 from nondecoupling.study.results import Results
 
 MEASURES = {"loss": theory.expected_loss, "reward": theory.expected_reward_of_odds}
-
-
-def log_odds_ceiling(policy: Path, first: str, second: str) -> float:
-    """Largest |log p(first) - log p(second)| of two answers that the output layer of the model in ``policy`` allows.
-
-    Its last normalisation gives every hidden state the same length, and then by Cauchy and Schwarz the difference of
-    two logits is at most sqrt(d) ||g (e_1 - e_2)||, with d the width, g the norm's weights and e the rows of the output
-    layer (ours). For models of that kind (Llama, Qwen3) with tied embeddings; nan where an answer has several tokens.
-    """
-    tokenizer = Tokenizer.from_file(str(policy / "tokenizer.json"))
-    tokens = [tokenizer.encode(answer, add_special_tokens=False).ids for answer in (first, second)]
-    if any(len(ids) > 1 for ids in tokens):
-        return float("nan")
-    weights = load_file(policy / "model.safetensors")
-    gain, rows = weights["model.norm.weight"], weights["model.embed_tokens.weight"]
-    return float(np.sqrt(gain.size) * np.linalg.norm(gain * (rows[tokens[0][0]] - rows[tokens[1][0]])))
+DIVIDED, PLAIN = "sft-rl-b1-group", "sft-rl-b1"  # with and without GRPO's division by the group's deviation
 
 
 def at_rest(start: ArrayLike, first: ArrayLike, rl: Rl) -> theory.FloatArray:
@@ -52,24 +36,49 @@ def at_rest(start: ArrayLike, first: ArrayLike, rl: Rl) -> theory.FloatArray:
 
 def confront(results: Results, run: Run, seed: int) -> dict[str, Any]:
     """One run of one seed: change of loss and reward from its parent, measured and predicted, and how far it got."""
-    rl, q = results.study.settings_of(run).rl, results.study.profile.data.agreement
-    answers = results.answers_of(str(run.parent), seed)
+    rl, answers = results.study.settings_of(run).rl, results.answers_of(str(run.parent), seed)
     before, after = label_log_odds(answers), label_log_odds(results.answers_of(run.name, seed))
-    believed, p = at_rest(before, expit(before), rl), expit(after)
+    believed, p, q = at_rest(before, expit(before), rl), expit(after), agreement_of(answers)
     row = {"run": run.name, "seed": seed, "beta": rl.beta, "instead": run.instead, "steps": rl.steps}
     for name, measure in MEASURES.items():
         start = measure(before, answers["label"], 0.0)
         row[name] = measure(after, answers["label"], 0.0) - start
         row[f"{name}, own belief"] = measure(believed, answers["label"], 0.0) - start
-        if q is not None and q < 1:
-            calibrated, ideal = np.array([logit(q)]), at_rest([logit(q)], q, rl)
-            row[f"{name}, perfect learner"] = measure(ideal, [1], 1 - q) - measure(calibrated, [1], 1 - q)
-    return row | {
-        "log-odds asked": np.mean(np.abs(believed)),
-        "log-odds reached": np.mean(np.abs(after)),
-        "silent groups": np.mean(p**rl.answers_per_prompt + (1 - p) ** rl.answers_per_prompt),
-        "objective": share_of_objective(before, after, rl.beta),
+    return (
+        row
+        | ({} if q is None else perfect_changes(q, rl))
+        | {
+            "log-odds asked": np.mean(np.abs(believed)),
+            "log-odds reached": np.mean(np.abs(after)),
+            "silent groups": np.mean(p**rl.answers_per_prompt + (1 - p) ** rl.answers_per_prompt),
+            "objective": share_of_objective(before, after, rl.beta),
+            "slope": slope_of_shift(believed - before, after - before),
+        }
+    )
+
+
+def perfect_changes(q: np.ndarray, rl: Rl) -> dict[str, float]:
+    """A perfect learner's changes of loss and reward by RL from the calibrated policy, means over the sentences' q(x).
+
+    Sentences whose label is certain have no finite log-odds, and nothing to change.
+    """
+    unsure = q[q < 1]
+    if not unsure.size:
+        return {f"{name}, perfect learner": 0.0 for name in MEASURES}
+    calibrated, truth = logit(unsure), np.ones_like(unsure)
+    ideal, share = at_rest(calibrated, unsure, rl), unsure.size / q.size
+    return {
+        f"{name}, perfect learner": share * (measure(ideal, truth, 1 - unsure) - measure(calibrated, truth, 1 - unsure))
+        for name, measure in MEASURES.items()
     }
+
+
+def slope_of_shift(ideal: np.ndarray, measured: np.ndarray) -> float:
+    """Measured shift of log-odds per nat of ideal shift: least squares through zero, both arrays (sentences,).
+
+    The same whichever of the two answers comes first.
+    """
+    return float(ideal @ measured / (ideal @ ideal))
 
 
 def share_of_objective(before: ArrayLike, after: ArrayLike, beta: float) -> float:
@@ -130,6 +139,7 @@ def summarise_sweep(results: Results, per_seed: pd.DataFrame) -> list[SweepEntry
             "log_odds_reached": float(part["log-odds reached"].mean()),
             "silent_groups": float(part["silent groups"].mean()),
             "objective": float(part["objective"].mean()),
+            "slope": over_seeds(part["slope"]),
             "change_of_loss": change_of(part, "loss"),
             "change_of_reward": change_of(part, "reward"),
         }
@@ -148,22 +158,87 @@ def change_of(part: pd.DataFrame, measure: str) -> Change:
     }
 
 
-def effects(per_seed: pd.DataFrame) -> pd.DataFrame:
-    """What a run's other settings add, for each run of ``confront_sweep`` that has a plain one of its beta and steps.
+def effect_of_division(per_seed: pd.DataFrame) -> dict[str, OverSeeds] | None:
+    """What dividing by the group's deviation adds, seed by seed, from ``confront_sweep``; None where it was not run."""
+    if not {DIVIDED, PLAIN} <= set(per_seed["run"]):
+        return None
+    by_run = {run: per_seed[per_seed["run"] == run].set_index("seed") for run in (DIVIDED, PLAIN)}
+    names = ("loss", "loss, own belief", "reward", "reward, own belief", "log-odds reached")
+    return {name: over_seeds(by_run[DIVIDED][name] - by_run[PLAIN][name]) for name in names}
 
-    Seed by seed, the run's value minus the plain run's: ``loss, reward, log-odds reached`` as text with 95 % intervals,
-    and ``loss, predicted``, the mean difference of the own-belief predictions. Empty where there is no such pair.
+
+# The base's loss as a function of beta: claim A2
+
+
+def crossing(results: Results) -> Crossing | None:
+    """L after RL minus the base's L along the sweep's whole runs, and the beta at which it changes its sign.
+
+    Losses are claim A2's ``sft_loss``; predictions are closed forms. None where the sweep is not among the results.
     """
-    by_run = {name: part.set_index("seed") for name, part in per_seed.groupby("run", sort=False)}
-    rows = {}
-    for part in by_run.values():
-        beta, steps, what = (part[name].iloc[0] for name in ("beta", "steps", "instead"))
-        plain = per_seed[(per_seed["beta"] == beta) & (per_seed["steps"] == steps) & (per_seed["instead"] == "")]
-        if what and len(plain):
-            other = by_run[plain["run"].iloc[0]]
-            change = {
-                name: shown(over_seeds(part[name] - other[name])) for name in ("loss", "reward", "log-odds reached")
-            }
-            change["loss, predicted"] = f"{(part['loss, own belief'] - other['loss, own belief']).mean():+.3f}"
-            rows[f"{beta:g}", steps, what] = change
-    return pd.DataFrame(rows).T.rename_axis(["beta", "steps", "instead"]) if rows else pd.DataFrame()
+    study = results.study
+    runs = sorted((run for run in study.runs_of("sweep") if run.half), key=lambda run: -study.settings_of(run).rl.beta)
+    if not runs or not results.has(*(run.name for run in runs)):
+        return None
+    own = study.run("sft-rl")
+    betas = {run.name: study.settings_of(run).rl.beta for run in (*runs, own)}
+    if betas["sft-rl"] == 0:  # no closed form
+        del betas["sft-rl"]
+    base, policies = loss_of(results, "base"), policies_of(results, "sft")
+    agreement = [agreement_of(answers) for _, answers in policies]
+    known = all(q is not None for q in agreement)
+
+    def own_loss(place: int, beta: float) -> float:
+        log_odds, answers = policies[place]
+        return theory.loss_on_labels(theory.self_tilted_log_odds(log_odds, beta), answers["label"])
+
+    def perfect_loss(place: int, beta: float) -> float:
+        return float(np.mean(theory.rl_loss(agreement[place], beta)))  # type: ignore[arg-type]
+
+    predicted = {"own belief": own_loss} | ({"perfect learner": perfect_loss} if known else {})
+    curve: dict[float, pd.Series] = {}
+    places, points = range(len(results.seeds)), []
+    for name, beta in betas.items():
+        part = pd.DataFrame({"loss": loss_of(results, name) - base})
+        for kind, loss in predicted.items():
+            part[f"loss, {kind}"] = [loss(place, beta) for place in places] - base
+        points.append(CrossingPoint(**change_of(part, "loss"), run=name, beta=beta))
+        curve.setdefault(beta, part["loss"])  # of the study's own beta the run with more steps
+    table = pd.DataFrame(curve).sort_index(axis=1, ascending=False)
+    by_seed = [crossing_of(table.columns.to_numpy(), row) for row in table.to_numpy()]
+    found = {
+        kind: geometric_mean([beta_at(partial(loss, place), base.iloc[place]) for place in places])
+        for kind, loss in predicted.items()
+    }
+    means = {kind: mean["mean"] if mean else None for kind, mean in found.items()}
+    return {
+        "points": points,
+        "by_seed": by_seed,
+        "measured": geometric_mean(by_seed),
+        "own_belief": means["own belief"],
+        "perfect_learner": means.get("perfect learner"),
+    }
+
+
+def loss_of(results: Results, run: str) -> pd.Series:
+    """A run's ``sft_loss`` on dev by seed, in the order of the results' seeds."""
+    return results.final(run).set_index("seed")["sft_loss"].loc[results.seeds]
+
+
+def crossing_of(betas: np.ndarray, above: np.ndarray) -> float | None:
+    """The largest beta at which ``above`` turns from negative to positive, linear in log beta between falling betas."""
+    turns = np.flatnonzero((above[:-1] < 0) & (above[1:] >= 0))
+    if not turns.size:
+        return None
+    low, high = turns[0], turns[0] + 1
+    way = above[low] / (above[low] - above[high])
+    return float(np.exp((1 - way) * np.log(betas[low]) + way * np.log(betas[high])))
+
+
+def geometric_mean(values: list[float | None]) -> OverSeeds | None:
+    """exp of the mean of logarithms and of its 95 % interval, over the seeds that have a value; None for none."""
+    found = [np.log(value) for value in values if value is not None]
+    if not found:
+        return None
+    logs = over_seeds(found)
+    bounds = logs["ci95"] and [float(np.exp(bound)) for bound in logs["ci95"]]
+    return {"mean": float(np.exp(logs["mean"])), "ci95": bounds}

@@ -177,6 +177,20 @@ def rl_reward(q: ArrayLike, beta: ArrayLike) -> FloatArray:
     return (2 * rl_probability(q, beta) - 1) * (2 * q - 1)
 
 
+def frontier_probability(q: ArrayLike, price: ArrayLike) -> FloatArray:
+    """Probability of the likelier label in the policy that maximises ``price`` J - L (ours).
+
+    Sentences with any mixture of q, each at its own optimum p - q = 2 price (2q-1) p (1-p): no policy has less loss at
+    that mean reward. ``price`` is in nats of loss per unit of reward: 0 is the calibrated policy, infinity the sharp
+    one. The arguments broadcast. Raises ValueError unless 0.5 <= q <= 1 and price >= 0.
+    """
+    q, price = _likelier(q), np.asarray(price, dtype=np.float64)
+    if not np.all(price >= 0):
+        raise ValueError(f"price = {price} cannot be negative.")
+    slope = 1 - 2 * price * (2 * q - 1)
+    return np.minimum(2 * q / (slope + np.sqrt(slope**2 + 4 * (1 - slope) * q)), 1.0)
+
+
 def perfect_demonstration_change(m: ArrayLike, beta: ArrayLike) -> FloatArray:
     """Change of SFT loss log(m + (1-m) exp(-2/beta)) <= 0, nats, when every demonstration earns +1 (ours).
 
@@ -196,14 +210,14 @@ def two_label_policy(log_odds: ArrayLike) -> FloatArray:
     return np.stack([log_expit(-log_odds), log_expit(log_odds)], axis=-1)
 
 
-def annotator_policy(truth: ArrayLike, disagreement: float) -> FloatArray:
+def annotator_policy(truth: ArrayLike, disagreement: ArrayLike) -> FloatArray:
     """Log-probabilities (unacceptable, acceptable) of the label that an annotator gives, shape (N, 2).
 
-    Annotators contradict the ``truth`` of each sentence (1 acceptable, 0 not) with probability ``disagreement``.
-    Raises ValueError unless truth is 0 or 1 and 0 <= disagreement < 0.5.
+    Annotators contradict the ``truth`` of each sentence (1 acceptable, 0 not) with probability ``disagreement``, one
+    for all sentences or one for each. Raises ValueError unless truth is 0 or 1 and 0 <= disagreement < 0.5.
     """
-    sign = _sign(truth)
-    if not 0 <= disagreement < 0.5:
+    sign, disagreement = _sign(truth), np.asarray(disagreement, dtype=np.float64)
+    if not np.all((disagreement >= 0) & (disagreement < 0.5)):
         raise ValueError(f"disagreement = {disagreement} is outside [0, 0.5).")
     wrong, right = xlogy(1, disagreement), np.log1p(-disagreement)
     return np.stack([np.where(sign > 0, wrong, right), np.where(sign > 0, right, wrong)], axis=-1)
@@ -217,18 +231,19 @@ def agreement_reward(logd: ArrayLike) -> FloatArray:
     return 2 * np.exp(_policy("logd", logd)) - 1
 
 
-def tilted_log_odds(log_odds: ArrayLike, truth: ArrayLike, disagreement: float, beta: float) -> FloatArray:
+def tilted_log_odds(log_odds: ArrayLike, truth: ArrayLike, disagreement: ArrayLike, beta: float) -> FloatArray:
     """Log-odds of ideal RL from a measured policy whose sentences have a known truth, shape (N,) (ours).
 
-    Paid by noisy annotators, "acceptable" earns (1 - 2 disagreement) on an acceptable sentence and its negative on an
-    unacceptable one. Raises ValueError as ``annotator_policy`` does, if the shapes differ or if beta is not positive.
+    Paid by annotators who disagree, "acceptable" earns (1 - 2 disagreement) on an acceptable sentence and its negative
+    on an unacceptable one. Raises ValueError as ``annotator_policy`` does, if the shapes differ or if beta is not
+    positive.
     """
     log_odds, logd = _measured(log_odds, truth, disagreement)
     unacceptable, acceptable = agreement_reward(logd).T
     return log_odds + (acceptable - unacceptable) / _positive(beta)
 
 
-def expected_loss(log_odds: ArrayLike, truth: ArrayLike, disagreement: float) -> float:
+def expected_loss(log_odds: ArrayLike, truth: ArrayLike, disagreement: ArrayLike) -> float:
     """SFT loss of a measured policy in expectation over annotators, nats over the two labels (ours).
 
     Raises ValueError as ``annotator_policy`` does or if the shapes differ.
@@ -237,7 +252,7 @@ def expected_loss(log_odds: ArrayLike, truth: ArrayLike, disagreement: float) ->
     return sft_loss(two_label_policy(log_odds), logd)
 
 
-def expected_reward_of_odds(log_odds: ArrayLike, truth: ArrayLike, disagreement: float) -> float:
+def expected_reward_of_odds(log_odds: ArrayLike, truth: ArrayLike, disagreement: ArrayLike) -> float:
     """Reward of sampling from a measured policy in expectation over annotators (ours).
 
     Raises ValueError as ``annotator_policy`` does or if the shapes differ.
@@ -485,7 +500,7 @@ def _sign(truth: ArrayLike) -> FloatArray:
     return 2 * truth - 1
 
 
-def _measured(log_odds: ArrayLike, truth: ArrayLike, disagreement: float) -> tuple[FloatArray, FloatArray]:
+def _measured(log_odds: ArrayLike, truth: ArrayLike, disagreement: ArrayLike) -> tuple[FloatArray, FloatArray]:
     log_odds = np.asarray(log_odds, dtype=np.float64)
     logd = annotator_policy(truth, disagreement)
     if log_odds.shape != logd.shape[:-1]:

@@ -94,6 +94,16 @@ class Landing(TypedDict):
     self_tilted: Point | None  # ideal RL that learns nothing new; None where beta is 0
 
 
+class Level(TypedDict):
+    """Where one policy ends: measured, and predicted before the stage that made it. On the two labels, on dev."""
+
+    quantity: Literal["loss", "reward", "greedy"]  # L; J of sampled answers; J of greedy answers
+    run: str
+    measured: OverSeeds
+    own_belief: float | None  # None for sft, from which it starts, and where beta is 0
+    perfect_learner: float | None  # None where the truth is unknown or beta is 0
+
+
 class Decoding(TypedDict):
     """What decoding gets from the SFT policy, next to what RL gets by training it."""
 
@@ -108,9 +118,52 @@ class Change(TypedDict):
     """A change by RL, measured and predicted."""
 
     measured: OverSeeds
-    own_belief: float  # predicted from each seed's measured SFT policy
+    own_belief: float  # predicted from each seed's measured policy before RL
     perfect_learner: float | None  # predicted for one who knows the truth; None where it is unknown
     gap_to_own_belief: OverSeeds  # measured minus predicted, seed by seed
+
+
+class Payer(Change):
+    """The rise of the SFT loss by RL after SFT on the sentences of one q(x)."""
+
+    q: float  # probability of the likelier label
+    share: float  # of the sentences
+
+
+class TiltBin(Change):
+    """The rise of the SFT loss by RL on the sentences to whose label the start gave a probability in one bin."""
+
+    low: float
+    high: float
+    share: float  # of the sentences
+    ideal_shift: float  # of the label's log-odds by own belief
+    measured_shift: OverSeeds
+
+
+class Tilt(TypedDict):
+    """How far RL moved the log-odds of each sentence, against how far its closed form by own belief asks it to."""
+
+    run: str
+    slope: OverSeeds  # measured shift per nat of ideal shift, least squares through zero in each seed; ideal is 1
+    cosine: OverSeeds  # between both shifts over the sentences; 1 if all moved in proportion
+    bins: list[TiltBin]
+
+
+class CrossingPoint(Change):
+    """L after RL at one beta, minus the base's L."""
+
+    run: str
+    beta: float
+
+
+class Crossing(TypedDict):
+    """At which beta RL after SFT ends at the base's SFT loss (claim A2): above it where beta is smaller."""
+
+    points: list[CrossingPoint]  # by falling beta; the study's own sft-rl is last, if its beta is not 0
+    by_seed: list[float | None]  # beta* by interpolation in log beta; None where a seed's curve does not cross
+    measured: OverSeeds | None  # exp of the mean of log beta*, over the seeds that cross; None if none does
+    own_belief: float | None  # the same from each seed's closed form; None if none crosses
+    perfect_learner: float | None
 
 
 class SweepEntry(TypedDict):
@@ -129,23 +182,36 @@ class SweepEntry(TypedDict):
     log_odds_reached: float  # mean size at the end of training
     silent_groups: float  # share of groups whose answers are all equal
     objective: float  # share of what there is to gain in J - beta KL
+    slope: OverSeeds  # measured shift of log-odds per nat of ideal shift, as in Tilt
     change_of_loss: Change
     change_of_reward: Change
+
+
+class Agreement(TypedDict):
+    """How many sentences have one q(x)."""
+
+    q: float  # probability of the likelier label
+    share: float  # of the dev sentences of all seeds
 
 
 class TheoryFile(TypedDict):
     """theory.json: what the mathematics says about a study's runs, next to what they measured."""
 
-    q: float | None  # probability of a sentence's likelier label; None where it is unknown
+    agreement: list[Agreement] | None  # by falling q; None where it is unknown
     beta: float
-    calibrated_loss: float | None  # H(q)
-    calibrated_reward: float | None  # (2q-1)^2
-    sharp_reward: float | None  # 2q-1
-    rl_loss: float | None  # of ideal RL from the calibrated policy
+    calibrated_loss: float | None  # mean of H(q) over the sentences
+    calibrated_reward: float | None  # mean of (2q-1)^2
+    sharp_reward: float | None  # mean of 2q-1
+    rl_loss: float | None  # of ideal RL from the calibrated policy, mean over q(x)
     rl_reward: float | None
     c1: float | None  # rl_loss - calibrated_loss
+    levels: list[Level]
+    temperatures: dict[str, OverSeeds]  # of least loss, by policy: 1 is calibrated, more is overconfident
     runs: list[Landing]
+    who_pays: list[Payer]  # by falling q; empty where q(x) is unknown or beta is 0
+    tilts: list[Tilt]  # of sft-rl and of rl; empty where beta is 0
     identity_gaps: dict[str, float]  # largest violation of each identity on random problems
     test_time: Decoding
-    fixed_points: dict[str, Any]  # where each variant of GRPO comes to rest
+    fixed_points: dict[str, Any]  # where each variant of GRPO comes to rest, for an example's q
     sweep: list[SweepEntry] | None  # None where the sweep was not run
+    crossing: Crossing | None  # None where the sweep was not run

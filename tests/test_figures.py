@@ -1,0 +1,85 @@
+"""What a figure says in words and bands, from entries made by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from scipy import stats
+
+from nondecoupling.analysis import figures, theory
+
+PARTS = {"own_belief": 0.2, "perfect_learner": 0.3, "gap_to_own_belief": {"mean": 0.0, "ci95": None}}
+
+
+def over(mean, half=0.05):
+    return {"mean": mean, "ci95": [mean - half, mean + half]}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def test_bands_are_the_tables_intervals():
+    values = [0.1, 0.4, 0.2]
+    path = pd.DataFrame({"run": "sft", "seed": range(3), "step": 0, "sft_loss": values})
+    path = pd.concat([path, path.assign(step=9), path.assign(run="sft-rl"), path.assign(run="sft-rl", step=9)])
+    _, axes = plt.subplots()
+    figures.draw_pipeline(axes, path, "sft", "sft-rl", "sft_loss")
+    heights = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in axes.collections])
+    bounds = stats.ttest_1samp(values, 0).confidence_interval()
+    assert [heights.min(), heights.max()] == pytest.approx([bounds.low, bounds.high])
+
+
+def test_one_seed_has_no_band():
+    path = pd.DataFrame({"run": ["sft"] * 2 + ["sft-rl"] * 2, "seed": 0, "step": [0, 9] * 2, "sft_loss": [1, 2, 3, 4]})
+    _, axes = plt.subplots()
+    figures.draw_pipeline(axes, path, "sft", "sft-rl", "sft_loss")
+    assert all(np.isnan(band.get_paths()[0].vertices[:, 1]).all() for band in axes.collections if band.get_paths())
+
+
+def test_who_pays_says_what_was_measured_at_both_ends():
+    payers = [PARTS | {"measured": over(rise), "q": q, "share": 0.5} for q, rise in ((0.98, 0.04), (0.75, 0.31))]
+    bins = [
+        PARTS
+        | {
+            "low": 0.7,
+            "high": 0.9,
+            "share": 1.0,
+            "ideal_shift": 2.0,
+            "measured_shift": over(1.5),
+            "measured": over(0.1),
+        }
+    ]
+    tilt = {"run": "sft-rl", "slope": over(0.86), "cosine": over(0.8), "bins": bins}
+    figure = figures.draw_who_pays(payers, tilt)
+    title = figure.get_suptitle()
+    assert "+0.04 nats where 2% of annotators disagree, by +0.31 where 25% do" in title
+    assert "slope 0.86 [0.81, 0.91]" in figure.axes[1].get_title()
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["2%\n(50%)", "25%\n(50%)"]
+
+
+def test_the_crossing_says_how_many_seeds_cross():
+    points = [PARTS | {"measured": over(y), "run": "x", "beta": b} for b, y in ((2.0, -0.1), (0.5, 0.1), (0.1, 0.4))]
+    points.append(PARTS | {"measured": over(0.1), "run": "sft-rl", "beta": 0.5})
+    found = {
+        "points": points,
+        "by_seed": [0.9, None, 0.7],
+        "measured": over(0.8),
+        "own_belief": 0.8,
+        "perfect_learner": None,
+    }
+    assert "β* = 0.80 [0.75, 0.85] (2 of 3 seeds cross)" in figures.draw_crossing(found).axes[0].get_title()
+    nowhere = found | {"measured": None, "by_seed": [None] * 3}
+    assert "at no β" in figures.draw_crossing(nowhere).axes[0].get_title()
+
+
+def test_levels_of_a_stage_are_means_over_the_sentences():
+    path = pd.DataFrame({"step": [0, 9], "sft_loss": [0.6, 0.5], "reward_exact": 0.2, "reward_greedy": 0.3})
+    path["majority_reward"] = 0.37
+    figures.draw_stage(path, ["sft_loss", "reward_exact"], np.array([0.9, 0.6]))
+    loss, reward = plt.gcf().axes
+    dashed = [[line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"] for axes in (loss, reward)]
+    assert dashed[0] == pytest.approx([np.mean(theory.calibrated_loss([0.9, 0.6]))])
+    assert dashed[1] == pytest.approx([0.37, (0.64 + 0.04) / 2, (0.8 + 0.2) / 2])
