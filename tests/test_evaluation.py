@@ -16,7 +16,7 @@ from nondecoupling.study.profile import Model, Prompt
 from nondecoupling.study.study import load_study
 from nondecoupling.task import prompts
 from nondecoupling.training import models, pretrain
-from nondecoupling.training.evaluation import mean_outcome_kl, predict, summarise, three_outcomes
+from nondecoupling.training.evaluation import mean_outcome_kl, measure_policy, predict, summarise, three_outcomes
 from nondecoupling.training.generation import Prefix, batches, common_start, padded
 
 PLAIN = Model(folder=None, quantization="none", dtype="float32")
@@ -43,7 +43,7 @@ def make_uneven(model):
 
 @pytest.fixture(scope="module")
 def settings():
-    return load_study("nano", overrides={"evaluation.batch_size": 7, "prompt.max_new_tokens": LIMIT}).profile
+    return load_study("nano", overrides={"prompt.max_new_tokens": LIMIT}).profile
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,12 @@ def policy(request, settings):
         folder = request.getfixturevalue("built_base") / "policy"
         return models.load_base(folder, PLAIN).eval(), models.load_tokenizer(folder)
     tokenizer = request.getfixturevalue("nano_tokenizer")
-    return make_uneven(pretrain.new_model(settings.pretrain, tokenizer)), tokenizer
+    return make_uneven(pretrain.new_model(settings.pretrain, tokenizer, seed=0)), tokenizer
 
 
-def answers_of(policy, settings, table, **changes):
+def answers_of(policy, settings, table, batch_size=7, seed=0):
     model, tokenizer = policy
-    evaluation = settings.evaluation.model_copy(update=changes)
-    return predict(model, tokenizer, settings.prompt, table, evaluation)
+    return predict(model, tokenizer, settings.prompt, table, batch_size, seed)
 
 
 def plain_log_probability(model, question, response):
@@ -99,10 +98,11 @@ def test_the_batch_size_changes_no_probability_and_no_greedy_answer(policy, sett
 def test_predictions_keep_the_sentences_and_their_columns(policy, settings, table):
     known, found = ["sentence", "label", "source"], ["logp_acceptable", "logp_unacceptable", "sampled", "greedy"]
     some = table.iloc[5:].set_index(np.arange(100, 115))
-    answers = answers_of(policy, settings, some.assign(truth=1 - some["label"]))
-    assert answers.columns.tolist() == [*known, "truth", *found]
+    answers = answers_of(policy, settings, some.assign(truth=1 - some["label"], agreement=0.75))
+    assert answers.columns.tolist() == [*known, "truth", "agreement", *found]
     pd.testing.assert_frame_equal(answers[known], table.loc[5:, known].reset_index(drop=True))
     assert (answers["truth"] == 1 - answers["label"]).all()
+    assert (answers["agreement"] == 0.75).all()
     assert answers_of(policy, settings, some).columns.tolist() == known + found  # where nobody knows the truth
 
 
@@ -203,6 +203,16 @@ def test_the_seed_decides_the_sampled_answers_and_nothing_else(policy, settings,
     pd.testing.assert_frame_equal(first, again)
     pd.testing.assert_frame_equal(first.drop(columns="sampled"), other.drop(columns="sampled"))
     assert (first["sampled"] != other["sampled"]).any()
+
+
+def test_measuring_samples_by_the_replication_and_alike_for_all_its_policies(policy, settings, table):
+    (model, tokenizer), tables = policy, {"dev": table}
+    given = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update={"batch_size": 7})})
+    sampled = [
+        measure_policy(model, tokenizer, given, seed, tables, {})[1]["dev"]["sampled"].tolist() for seed in (3, 4)
+    ]
+    assert sampled[0] != sampled[1]
+    assert sampled == [answers_of(policy, settings, table, seed=seed)["sampled"].tolist() for seed in (3, 4)]
 
 
 def test_answers_end_with_the_end_token_or_at_the_limit(policy, settings, table):

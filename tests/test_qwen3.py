@@ -138,7 +138,9 @@ def test_eight_bits_change_label_probabilities_little(small_qwen, small_cola):
     table, settings = corpus.read_tsv(small_cola / "in_domain_dev.tsv"), load_study("paper").profile
     tokenizer = models.load_tokenizer(small_qwen)
     exact, rounded = (
-        predict(models.load_base(small_qwen, how), tokenizer, settings.prompt, table, settings.evaluation)
+        predict(
+            models.load_base(small_qwen, how), tokenizer, settings.prompt, table, settings.evaluation.batch_size, seed=0
+        )
         for how in (PLAIN, EIGHT_BIT)
     )
     for column in ("logp_acceptable", "logp_unacceptable"):
@@ -156,10 +158,7 @@ def test_only_linear_layers_are_held_in_eight_bits(small_qwen):
 def test_evaluation_does_not_depend_on_the_batch_size(small_qwen, small_cola):
     table, settings = corpus.read_tsv(small_cola / "in_domain_dev.tsv"), load_study("paper").profile
     tokenizer, model = models.load_tokenizer(small_qwen), models.load_base(small_qwen, PLAIN)
-    one, many = (
-        predict(model, tokenizer, settings.prompt, table, settings.evaluation.model_copy(update={"batch_size": size}))
-        for size in (7, 40)
-    )
+    one, many = (predict(model, tokenizer, settings.prompt, table, size, seed=0) for size in (7, 40))
     for column in ("logp_acceptable", "logp_unacceptable"):
         np.testing.assert_allclose(one[column], many[column], atol=2e-5)
     assert one["greedy"].equals(many["greedy"])
@@ -223,7 +222,7 @@ def test_a_saved_adapter_gives_the_same_probabilities(stages):
     for name, weight in adapter(again).items():
         assert torch.equal(weight, adapter(stage.policy)[name])
     table = corpus.fixed_subset(stage.corpus, "dev", None)
-    fresh = predict(again, stage.tokenizer, stage.settings.prompt, table, stage.settings.evaluation)
+    fresh = predict(again, stage.tokenizer, stage.settings.prompt, table, stage.settings.evaluation.batch_size, seed=0)
     written = pd.read_parquet(folder / folders.answers_file("dev"))
     pd.testing.assert_series_equal(fresh["logp_acceptable"], written["logp_acceptable"])
     assert fresh["sampled"].equals(written["sampled"])

@@ -17,7 +17,7 @@ from nondecoupling.workflow.reference import reference_parts
 
 # Toy sizes for the worked example: everything runs, nothing but the answer format is learnt.
 TOY = (
-    "pretrain.corpus_size=2000 pretrain.probe_size=50 pretrain.probe_every=120 pretrain.probe_target=0.0 "
+    "pretrain.corpus_size=2000 pretrain.steps=120 "
     "sft.steps=10 rl.steps=2 rl.prompts_per_step=2 rl.answers_per_prompt=4 evaluation.points=2 evaluation.train_size=50"
 )
 

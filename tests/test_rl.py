@@ -38,15 +38,54 @@ def test_only_the_other_wording_is_paid_and_the_true_reward_is_measured_beside_i
     assert rl.rl_arguments(stage, stage.settings.rl)["reward_weights"] == [1.0, 0.0]
 
 
-def test_the_coin_pays_whatever_the_answer(prepare):
-    stage = prepare("rl", changes={"rl.reward": "random"})
-    coin = functions(stage)["coin"]
-    torch.manual_seed(1)
-    paid = coin(completion_ids=answer_ids(stage, ["acceptable"] * 2000))
-    assert set(paid) == {-1.0, 1.0}
-    assert abs(np.mean(paid)) < 4 / np.sqrt(2000)
-    torch.manual_seed(1)  # part of a checkpoint, so that a resumed run draws the same
-    assert coin(completion_ids=answer_ids(stage, ["unacceptable"] * 2000)) == paid
+def test_a_label_that_a_coin_drew_is_paid_and_the_true_reward_is_measured_beside_it(prepare, built_sft):
+    stage = prepare("sft-rl-random")
+    told = functions(stage)
+    assert list(told) == ["drawn", "gold"]
+    completions = answer_ids(stage, ["acceptable", "acceptable", "unacceptable", "unacceptable", "what"])
+    known = {"completion_ids": completions, "label": [1] * 5, "drawn_label": [1, 0, 1, 0, 0]}
+    assert told["drawn"](**known) == [1, -1, -1, 1, -1]
+    assert told["gold"](**known) == [1, 1, -1, -1, -1]
+    assert rl.rl_arguments(stage, stage.settings.rl)["reward_weights"] == [1.0, 0.0]
+
+
+def test_the_coin_is_thrown_once_for_each_sentence_and_knows_nothing_of_its_label(prepare, built_sft):
+    stage = prepare("sft-rl-random")
+    questions = rl.rl_questions(stage, 400).to_pandas()
+    drawn, chats = questions["drawn_label"], questions["prompt"].map(lambda chat: chat[0]["content"])
+    assert len(chats) == chats.nunique() == 400
+    assert set(drawn) == {0, 1}
+    assert abs(drawn.mean() - 0.5) < 4 * 0.5 / np.sqrt(400)
+    assert abs(np.corrcoef(drawn, questions["label"])[0, 1]) < 4 / np.sqrt(400)
+    pd.testing.assert_series_equal(drawn, rl.rl_questions(stage, 400).to_pandas()["drawn_label"])
+    other = rl.rl_questions(stage._replace(seed=1), 400).to_pandas()
+    by_sentence = pd.Series(drawn.to_numpy(), chats)
+    others = pd.Series(other["drawn_label"].to_numpy(), other["prompt"].map(lambda chat: chat[0]["content"]))
+    assert 0.3 < (by_sentence == others[by_sentence.index]).mean() < 0.7  # another seed's coin on the same sentences
+
+
+def test_every_answer_to_a_sentence_is_paid_for_the_same_label_in_every_epoch(prepare, built_sft, monkeypatch):
+    """Four sentences, two of them a step."""
+    changes = {"rl.steps": 6, "rl.prompts_per_step": 2}
+    stage = prepare("sft-rl-random", changes=changes)
+    train_rows = stage.corpus[stage.corpus["split"] == "train"].iloc[:4]
+    seen, reward_functions = [], rl.reward_functions
+
+    def noted(stage):
+        drawn, gold = reward_functions(stage)
+
+        def recording(prompts, drawn_label, **more):
+            seen.extend((chat[-1]["content"], label) for chat, label in zip(prompts, drawn_label, strict=True))
+            return drawn(drawn_label=drawn_label, **more)
+
+        return [recording, gold]
+
+    monkeypatch.setattr(rl, "reward_functions", noted)
+    outcome = train(stage._replace(corpus=pd.concat([train_rows, stage.corpus[stage.corpus["split"] == "dev"]])))
+    labels = pd.DataFrame(seen, columns=["sentence", "label"]).groupby("sentence")["label"]
+    assert labels.size().tolist() == [3 * stage.settings.rl.answers_per_prompt] * 4  # three epochs
+    assert (labels.nunique() == 1).all()
+    assert outcome.log["rewards/gold/mean"].between(-1, 1).all()
 
 
 # What cannot learn is not begun

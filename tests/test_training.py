@@ -86,7 +86,7 @@ def test_the_trainers_loss_is_the_cross_entropy_that_is_measured(prepare):
     label_of = stage.corpus.set_index("sentence")["label"]
     asked = [stage.tokenizer.decode(ids).split("\n\n")[1].partition("<|im_end|>")[0] for ids in batch["input_ids"]]
     table = pd.DataFrame({"sentence": asked, "label": label_of[asked].to_numpy(), "source": ""})
-    answers = predict(stage.policy, stage.tokenizer, stage.settings.prompt, table, stage.settings.evaluation)
+    answers = predict(stage.policy, stage.tokenizer, stage.settings.prompt, table, batch_size=16, seed=0)
     nats = -np.where(table["label"] == 1, answers["logp_acceptable"], answers["logp_unacceptable"]).sum()
     tokens = int((batch["labels"] != -100).sum())
     assert loss == pytest.approx(nats / tokens, rel=1e-4)
@@ -131,6 +131,9 @@ def test_clean_labels_are_the_grammars_verdicts(prepare):
     assert (clean["label"] == (clean["mark"] == "")).all()
     assert (noisy["label"] != clean["label"]).mean() == pytest.approx(0.1, abs=0.01)
     assert with_true_labels(clean).equals(clean)
+    assert (noisy["agreement"] == 0.9).all()
+    assert (clean["agreement"] == 1.0).all()
+    assert clean["truth"].equals(noisy["truth"])
 
 
 # Data order
@@ -150,7 +153,7 @@ def test_training_sentences_are_drawn_by_the_seed(prepare):
 
 
 def test_stages_and_seeds_have_distinct_random_numbers(prepare):
-    seeds = [stage_seed(prepare(run, seed)) for run in ("sft", "rl") for seed in (0, 1, 10)]
+    seeds = [stage_seed(prepare(run)._replace(seed=seed)) for run in ("sft", "rl") for seed in (0, 1, 10)]
     assert len(set(seeds)) == len(seeds)
     without_sweep = prepare("rl", changes={"sweep.betas": []})
     assert len(without_sweep.study.runs) < len(tiny().runs)
@@ -176,7 +179,26 @@ def test_another_seed_gives_another_run(run_twice):
         _, other, other_weights, other_metrics, _ = run_twice(run, seed=1)
         assert not torch.equal(weights, other_weights)
         assert metrics["sft_loss"] != other_metrics["sft_loss"]
-        assert first.trajectory["sft_loss"].iloc[0] == other.trajectory["sft_loss"].iloc[0]  # they share their start
+        assert first.trajectory["sft_loss"].iloc[0] != other.trajectory["sft_loss"].iloc[0]  # each has its own base
+
+
+def test_a_seed_is_a_world_of_its_own(prepare):
+    """Its sentences, its base; and nothing is taken from another seed's."""
+    one, other = (prepare("sft", seed) for seed in (0, 1))
+    assert one.base == one.root / "seed0" / "base" / folders.POLICY
+    assert other.base == other.root / "seed1" / "base" / folders.POLICY
+    assert other.references == dict.fromkeys(("parent", "base"), other.root / "seed1" / "base")
+    assert not one.corpus.equals(other.corpus)
+    states = [stage.policy.get_base_model().state_dict() for stage in (one, other)]
+    name = "model.layers.0.mlp.up_proj.base_layer.weight"
+    assert not torch.allclose(states[0][name], states[1][name], atol=1e-2)
+    for seed, stage in enumerate((one, other)):
+        for name in ("data", "base"):
+            record = folders.read_json(stage.root / f"seed{seed}" / name / folders.METRICS)
+            assert record["seed"] == seed
+            assert record["provenance"]["data_sha256"] == folders.file_hashes(stage.root / f"seed{seed}/data", "*.tsv")
+        answers = pd.read_parquet(stage.references["base"] / folders.answers_file("dev"))
+        assert set(answers["sentence"]) == set(stage.corpus.query("split == 'dev'")["sentence"])
 
 
 @pytest.mark.parametrize("run", ["sft", "sft-rl"])
@@ -334,13 +356,14 @@ def test_a_parent_that_has_not_been_run_is_named(tiny_base):
 
 
 def test_data_that_changed_since_the_data_run_are_refused(tiny_base, monkeypatch, tmp_path):
-    shutil.copytree(folders.study_folder(tiny_base) / "data", tmp_path / "tiny" / "data")
+    place = tmp_path / "tiny" / "seed1" / "data"
+    shutil.copytree(folders.study_folder(tiny_base) / "seed1" / "data", place)
     monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
-    assert len(load_checked_corpus(tiny_base)) == 460
-    with (tmp_path / "tiny" / "data" / "in_domain_dev.tsv").open("a") as lines:
+    assert len(load_checked_corpus(tiny_base, 1)) == 460
+    with (place / "in_domain_dev.tsv").open("a") as lines:
         lines.write("x\t1\t\tOne more.\n")
     with pytest.raises(ValueError, match="in_domain_dev.tsv has sha256 .* run 01_data again"):
-        load_checked_corpus(tiny_base)
+        load_checked_corpus(tiny_base, 1)
 
 
 def test_policies_are_measured_on_dev_and_a_part_of_train(prepare):
@@ -364,7 +387,7 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("run", ["sft", "sft-rl", "joint-m0.5", "reward-model"])
+@pytest.mark.parametrize("run", ["sft", "sft-rl", "sft-rl-random", "joint-m0.5", "reward-model"])
 def test_an_interrupted_stage_ends_as_if_nothing_had_happened(tiny_sft, prepare, capsys, run):
     steps = {f"{section}.steps": 6 for section in ("sft", "rl", "joint", "reward_model")}
     changes = steps | {"evaluation.points": 4}  # measured and saved at steps 0, 2, 4 and 6
