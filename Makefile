@@ -75,7 +75,7 @@ seeds: $(READY) ## reproduce with more seeds (SEEDS=0-19): 10 min more
 list: $(READY) ## which runs are finished, and what makes the others
 	@$(WORKFLOW) list $(STUDY)
 
-verify: $(READY) ## compare your results with the committed reference
+verify: $(READY) ## could your results come from the committed reference?
 	@$(WORKFLOW) verify $(STUDY)
 
 report: $(READY) ## write results/<study>/report.html once more

@@ -14,7 +14,6 @@ from nondecoupling.analysis.predictions import label_log_odds
 from nondecoupling.analysis.statistics import Interval, mcnemar
 from nondecoupling.study.contracts import ClaimRow, Verdict
 from nondecoupling.study.study import load_study
-from nondecoupling.workflow.reference import compare_claims
 from tables import MEASURED, SOUND, is_a, metrics_of, odds_of, policy, results_of
 
 NAN = math.nan
@@ -449,49 +448,3 @@ def test_one_seed_is_judged_over_its_sentences():
     assert row["SFT loss"].startswith(f"{change:+.3f} [")
     assert row["reward"].startswith(f"{2 * (34 * 0.1 - 6 * 0.5) / 40:+.3f} [")
     assert label_log_odds(found.answers_of("rl", 4))[0] == pytest.approx(logit(0.8))
-
-
-# Against the reference
-
-
-def row(name="A1", estimate=0.15, ci95=(0.10, 0.20), verdict="reproduced"):
-    return {"id": name, "estimate": estimate, "ci95": list(ci95) if ci95 else None, "verdict": verdict}
-
-
-@pytest.mark.parametrize(
-    ("fresh", "reference", "result"),
-    [
-        (row(), row(), "PASS"),
-        (row(estimate=0.22, ci95=(0.18, 0.26)), row(), "PASS"),
-        (row(estimate=0.22, ci95=(0.20, 0.24)), row(), "PASS"),  # they touch
-        (row(estimate=0.24, ci95=(0.21, 0.27)), row(), "FAIL"),
-        (row(estimate=0.05, ci95=(0.01, 0.09)), row(), "FAIL"),
-        (row(verdict="inconclusive", ci95=(-0.1, 0.4)), row(), "FAIL"),
-        (row(estimate=0.12, ci95=None), row(), "PASS"),  # one seed inside the reference's interval
-        (row(estimate=0.22, ci95=None), row(), "FAIL"),
-    ],
-)
-def test_a_claim_passes_if_verdicts_agree_and_intervals_overlap(fresh, reference, result):
-    table = compare_claims([fresh, row("B1")], [reference, row("B1")])
-    assert table["result"].tolist() == [result, "PASS"]
-    swapped = compare_claims([reference], [fresh])
-    assert swapped["result"].tolist() == [result]
-
-
-def test_parts_that_only_one_side_has_run_are_not_compared():
-    table = compare_claims([row(), row("K1")], [row(), row("T1")])
-    assert table.set_index("claim")["result"].to_dict() == {"A1": "PASS", "T1": "not compared", "K1": "not compared"}
-    assert compare_claims([row("K1")], [row("K1", verdict="inconclusive")])["result"].tolist() == ["FAIL"]
-
-
-@pytest.mark.parametrize("reference", [[row("A2")], [row(), row("A2")], []])
-def test_different_claims_cannot_be_compared(reference):
-    with pytest.raises(ValueError, match="same version"):
-        compare_claims([row()], reference)
-
-
-def test_what_was_not_run_is_not_compared():
-    missing = claims.not_run(claims.CLAIMS[0], "make betas") | {"id": "T4-b1"}
-    table = compare_claims([row(), missing], [row(), row("T4-b1")])
-    assert table["result"].tolist() == ["PASS", "not compared"]
-    assert table["fresh"].tolist() == ["+0.150 [+0.100, +0.200] reproduced", "not run"]

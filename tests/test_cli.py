@@ -51,7 +51,7 @@ def no_kernel(monkeypatch):
         ([], ["action"]),
         (["list", "--seeds", "0-"], ["'0-'"]),
         (["report"], ["claims.json", "make reproduce"]),
-        (["verify"], ["claims.json", "nothing to compare"]),
+        (["verify"], ["tables of results", "make reproduce"]),
     ],
 )
 def test_a_bad_argument_is_answered_in_one_line_before_a_kernel_starts(results, no_kernel, capsys, arguments, words):

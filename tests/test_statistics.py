@@ -14,6 +14,7 @@ from nondecoupling.analysis.statistics import (
     Significance,
     bootstrap_interval,
     equivalence_test,
+    further_draws_test,
     holm,
     interval_text,
     mcc_interval,
@@ -114,6 +115,32 @@ def test_equivalence_of_one_seed_and_of_equal_seeds():
     assert equivalence_test([0.2] * 5, 0.1)[::2] == ("exact sign", 1 - 1 / 32)
     with pytest.raises(ValueError, match="margin"):
         equivalence_test(SEEDS, 0.0)
+
+
+def test_further_draws_are_judged_by_the_pooled_test_of_scipy():
+    known, fresh = np.array(SEEDS), np.array([0.36, 0.39])
+    test = further_draws_test(fresh, known)
+    pooled = stats.ttest_ind(fresh, known)
+    assert test == pytest.approx(("pooled t", pooled.statistic, 2 * pooled.pvalue))
+
+
+def test_one_further_draw_is_judged_by_the_prediction_interval():
+    spread = np.std(SEEDS, ddof=1) * math.sqrt(1 + 1 / 5)
+    edge = np.mean(SEEDS) + 2.7764451052 * spread  # t at 97.5 % with four degrees of freedom
+    assert further_draws_test([edge], SEEDS) == pytest.approx(("pooled t", 2.7764451052, 0.05))
+
+
+def test_one_far_draw_among_several_cannot_hide_in_its_own_spread():
+    known = np.random.default_rng(0).normal(size=20)
+    fresh = [0.1, -0.2, 0.3, 0.0, 50.0]
+    assert stats.ttest_ind(fresh, known).pvalue > 0.01
+    assert further_draws_test(fresh, known).p_value < 1e-12
+
+
+@pytest.mark.parametrize("known", [[0.3], [0.3, 0.3, 0.3]])
+def test_draws_without_spread_say_nothing_about_further_ones(known):
+    with pytest.raises(ValueError, match="without spread"):
+        further_draws_test([0.3, 0.4], known)
 
 
 # Over sentences

@@ -112,6 +112,27 @@ def equivalence_test(differences: ArrayLike, margin: float) -> Significance:
     return Significance("TOST", float(statistic), float(p_value))
 
 
+def further_draws_test(fresh: ArrayLike, known: ArrayLike) -> Significance:
+    """Two-sided test that ``fresh``, of shape (k,), are further draws of what ``known`` are, of shape (n,) with n > 1.
+
+    That is the pooled two-sample t-test of the means; for k = 1 the spread is that of ``known``. Several are also
+    judged one by one, each against ``known`` alone: a single far one brings its own spread into the pool and can hide
+    in it (t of one among five stays below 2.2 however far it is). p is then twice the smaller of the two tests' p, the
+    second's for the farthest of k. Raises ValueError if ``known`` has one value or no spread, or one is not finite.
+    """
+    new, old = _sample(fresh), _sample(known)
+    if len(old) < 2 or _all_equal(old):
+        raise ValueError(f"{len(old)} known draw{'s' * (len(old) > 1)} without spread say nothing about further ones.")
+    of_known = old.mean(), old.std(ddof=1), len(old)
+    own_spread = new.std(ddof=1) if len(new) > 1 else 0.0
+    means = stats.ttest_ind_from_stats(new.mean(), own_spread, len(new), *of_known)
+    p = float(means.pvalue)
+    if len(new) > 1:
+        farthest = stats.ttest_ind_from_stats(new, 0.0, 1, *of_known).pvalue.min()
+        p = min(1.0, 2 * min(p, len(new) * float(farthest)))
+    return Significance("pooled t", float(means.statistic), p)
+
+
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> Significance:
     """McNemar's exact two-sided test that a and b are right equally often, from 0/1 or bool arrays of shape (n,).
 

@@ -83,7 +83,7 @@ def make_report(args: Arguments) -> None:
 def verify(args: Arguments) -> None:
     from nondecoupling.workflow import reference
 
-    reference.verify(args.study, args.seeds)
+    reference.verify(args.study)
 
 
 def make_reference(args: Arguments) -> None:

@@ -1,76 +1,74 @@
 """The committed reference: how it is made from a finished study, and how fresh results compare with it."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from nondecoupling.analysis.statistics import interval_text
-from nondecoupling.analysis.tables import claims_table, markdown_table, readme_parts, rows_of
+from nondecoupling.analysis import agreement
+from nondecoupling.analysis.tables import readme_parts
 from nondecoupling.study import folders, results
-from nondecoupling.study.contracts import ClaimRow
 from nondecoupling.study.plan import SUMMARIES
 from nondecoupling.study.results import Results, read_results
-from nondecoupling.study.study import Study, parse_seeds
+from nondecoupling.study.study import Study, changed_settings, load_study
+from nondecoupling.workflow.rules import rules_table
 
 README = folders.REPOSITORY / "README.md"
 
 
-def reference_claims(study: Study, seeds: list[int]) -> Path:
-    """The committed claims of ``study``: claims.json for the profile's own seeds, a file beside it for others."""
-    own = seeds == parse_seeds(study.profile.seeds)
-    return folders.reference_folder(study) / ("claims.json" if own else f"claims-{len(seeds)}-seeds.json")
-
-
-def verify(study: Study, seeds: list[int]) -> None:
-    """Compare a study's claims with the reference's; RuntimeError where one differs."""
-    fresh, reference = folders.study_folder(study) / "claims.json", reference_claims(study, seeds)
-    if not reference.exists():  # other seeds must give the same verdicts, too
-        reference = reference.with_name("claims.json")
-    for path in (fresh, reference):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is not there; there is nothing to compare.")
-    table = compare_claims(folders.read_json(fresh), folders.read_json(reference))
-    print("A row passes if the verdicts agree and the 95 % intervals overlap.\n" + table.to_string(index=False))
-    failed = int((table["result"] == "FAIL").sum())
+def verify(study: Study) -> None:
+    """Say how a study's replications compare with the reference's (`agreement`); RuntimeError where one fails."""
+    reference = reference_of(study)
+    fresh = read_results(study, folders.study_folder(study))
+    for found in (fresh, reference):
+        require_current(found)
+    if len(reference.seeds) < 2:
+        raise RuntimeError(
+            f"The reference of '{reference.study.name}' has one replication, hence no spread to judge by."
+        )
+    if reference.study.name != study.name:
+        changed = ", ".join(changed_settings(reference.study.profile, study.profile))
+        words = f"'{study.name}' has no reference of its own. It is compared with '{reference.study.name}', from which"
+        print(*agreement.wrapped(f"{words} it differs in {changed}."), sep="\n", end="\n\n")
+    table = agreement.compare(agreement.quantities(fresh), agreement.quantities(reference))
+    print(agreement.in_words(table, len(fresh.seeds), len(reference.seeds)))
+    if missing := agreement.not_compared(fresh, reference):
+        print(f"\n{missing}")
+    failed = int((table["result"] == agreement.FAIL).sum())
     if failed:
-        raise RuntimeError(f"{failed} of {len(table)} claims differ from the reference.")
+        raise RuntimeError(f"{failed} of {len(table)} quantities could not come from the reference's replications.")
 
 
-def compare_claims(fresh: list[ClaimRow], reference: list[ClaimRow]) -> pd.DataFrame:
-    """Fresh claims next to the reference, one row each, PASS or FAIL.
+def reference_of(study: Study) -> Results:
+    """The reference that ``study`` is compared with: its own, else that of its profile without the user's changes."""
+    if not (folders.reference_folder(study) / results.PROVENANCE).exists():
+        study = load_study(study.profile.name)
+    if not (folders.reference_folder(study) / results.PROVENANCE).exists():
+        raise FileNotFoundError(f"There is no reference of '{study.name}', hence nothing to compare with.")
+    return read_results(study, folders.reference_folder(study))
 
-    A row passes if the verdicts agree and the two 95 % intervals overlap. Claims that only one side has run are "not
-    compared". Raises ValueError if the paper's claims are not the same on both sides.
-    """
-    new_rows, old_rows = ({row["id"]: row for row in side} for side in (fresh, reference))
-    if [row["id"] for row in rows_of(fresh, "ABO")] != [row["id"] for row in rows_of(reference, "ABO")]:
-        raise ValueError("The two sets of claims differ; compare results of the same version of this artifact.")
-    rows = []
-    for name in dict.fromkeys([*old_rows, *new_rows]):
-        sides = [side.get(name) for side in (new_rows, old_rows)]
-        words, ends = [], []
-        for row in sides:
-            if row is None or row["estimate"] is None:
-                words.append("not run")
-                continue
-            ends.append(row["ci95"] or [row["estimate"]] * 2)
-            words.append(f"{interval_text(row['estimate'], row['ci95'])} {row['verdict']}")
-        result = "not compared"
-        if len(ends) == 2:
-            (low, high), (known_low, known_high) = ends
-            same = new_rows[name]["verdict"] == old_rows[name]["verdict"]
-            result = "PASS" if same and low <= known_high and known_low <= high else "FAIL"
-        rows.append({"claim": name, "fresh": words[0], "reference": words[1], "result": result})
-    return pd.DataFrame(rows)
+
+def require_current(found: Results) -> None:
+    """RuntimeError where results were made with other settings, or by another plan, than the study has now."""
+    planned = {run.name: run.changes for run in found.study.runs}
+    made = {Path(path).name: entry["changes"] for path, entry in found.provenance["runs"].items()}
+    now = [without_paths(found.study.profile.model_dump()), {name: planned[name] for name in made if name in planned}]
+    then = [without_paths(found.provenance["parameters"]), {name: made[name] for name in made if name in planned}]
+    if json.loads(json.dumps(now)) != then:
+        renews = "make reproduce" if found.own else "make reference"
+        raise RuntimeError(
+            f"{found.folder} was made with other settings or by another plan than '{found.study.name}' has now; "
+            f"{renews} renews it."
+        )
 
 
 def make_reference(study: Study, seeds: list[int]) -> None:
     """Make the finished study the committed reference: small files only, and never a sentence of real data.
 
-    Of seeds that are not the profile's own only the claims are kept, beside the reference that is there. Raises
-    FileNotFoundError or RuntimeError where a run is missing or is beside another parent than its own.
+    Raises FileNotFoundError or RuntimeError where a run is missing or is beside another parent than its own, and where
+    git does not know the rules of the claims.
     """
     root, reference = folders.study_folder(study), folders.reference_folder(study)
     found = read_results(study, root)
@@ -82,17 +80,13 @@ def make_reference(study: Study, seeds: list[int]) -> None:
         for seed in seeds if found.has(run.name) else []:
             record = folders.read_json(folders.run_folder(root, run, seed) / folders.METRICS)
             results.require_own_parents(study, root, run, seed, record)
-    kept_claims = reference_claims(study, seeds)
-    if kept_claims.name != "claims.json":
-        shutil.copy(root / "claims.json", kept_claims)
-    else:
-        publish_reference(found, reference)
+    rules = rules_table([row["id"] for row in found.read("claims.json")], folders.REPOSITORY)
+    publish_reference(found, rules, reference)
     update_readme(read_results(study, reference))
 
 
-def publish_reference(found: Results, reference: Path) -> None:
+def publish_reference(found: Results, rules: pd.DataFrame, reference: Path) -> None:
     """Write the reference's files: the tables, what was made from them, and one replication of an embedded model."""
-    of_other_seeds = {path: path.read_text(encoding="utf-8") for path in reference.glob("claims-*-seeds.json")}
     shutil.rmtree(reference, ignore_errors=True)
     (reference / "figures").mkdir(parents=True)
     answers = found.answers if found.study.profile.data.generated else found.answers.assign(sentence="")
@@ -103,8 +97,7 @@ def publish_reference(found: Results, reference: Path) -> None:
             shutil.copy(found.folder / name, reference / name)
     for path in (found.folder / "figures").glob("*.png"):
         shutil.copy(path, reference / "figures" / path.name)
-    for path, text in of_other_seeds.items():
-        folders.write_text(path, text)
+    rules.to_csv(reference / "rules.csv", index=False)
     if found.study.profile.pretrains:
         for run in found.study.runs_of("main")[1:]:  # not the data
             source, copy = (folders.run_folder(root, run, found.seeds[0]) for root in (found.folder, reference))
@@ -121,18 +114,9 @@ def without_paths(content: Any) -> Any:
     return kept | ({"folder": Path(kept["folder"]).name} if kept.get("folder") else {})
 
 
-def reference_parts(found: Results) -> dict[str, str]:
-    """The README's generated parts for a committed reference, by the name between their markers."""
-    parts = readme_parts(found)
-    for path in found.folder.glob("claims-*.json"):
-        name = f"{found.study.name}, {path.stem.removeprefix('claims-').replace('-', ' ')}"
-        parts[name] = markdown_table(claims_table(rows_of(folders.read_json(path), "ABO")))
-    return parts
-
-
 def update_readme(found: Results) -> None:
     """Write the tables of a committed reference between the README's markers, where it has them."""
-    for name, tables in reference_parts(found).items():
+    for name, tables in readme_parts(found).items():
         write_between(README, f"<!-- {name}: generated by make reference -->", f"<!-- {name}: end -->", tables)
 
 
