@@ -17,7 +17,7 @@ from nondecoupling.study import folders
 from nondecoupling.study.plan import Group
 from nondecoupling.study.study import Study, load_profile, parse_seeds
 from nondecoupling.task import corpus, grammar, hub
-from nondecoupling.workflow import carry
+from nondecoupling.workflow import carry, kernels
 from nondecoupling.workflow.graph import (
     REPORT,
     TABLES,
@@ -27,6 +27,7 @@ from nondecoupling.workflow.graph import (
     stale_parts,
     write_settings,
 )
+from nondecoupling.workflow.notebooks import quiet_environment
 
 RULES = "plan.mk"
 FINISHED = re.compile(r" · \d+:\d\d$")  # the line of a finished notebook
@@ -71,7 +72,11 @@ def make_study(
     how = f"by {scheduler}" if "://" in scheduler else f"{jobs} at a time"
     print(f"study '{study.name}': {len(notebooks)} of {len(wanted)} notebooks to execute, {how}", flush=True)
     mention_gpu(study)
-    with carry.local_scheduler(jobs) if scheduler == "local" else nullcontext(scheduler) as address:
+    quiet_environment(study, jobs)  # as in the recipes
+    with (
+        carry.local_scheduler(jobs) if scheduler == "local" else nullcontext(scheduler) as address,
+        kernels.warm_kernels() if notebooks and not scheduler else nullcontext(),
+    ):
         command = ["make", "--no-print-directory", "-C", str(root), f"-j{jobs}", "-f", rules.name, goal]
         if address:
             carry.connect(address).close()  # or one sentence, before anything is begun
