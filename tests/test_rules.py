@@ -105,6 +105,7 @@ def test_a_rule_written_with_its_result_knew_it_and_one_not_run_did_not(history)
 
 def test_families_are_one_rule_and_uses_of_an_id_are_none(history):
     code = 'def claims(run):\n    return Claim(f"J1-{run}", "earns more"), (f"T4-b{run}", "closed form", 4)\n'
+    code += 'row_of("J1", 2)\n'
     written = history.commit(src__claims_py=code)
     history.commit(results__reference__nano__controls_json=estimates(J1_joint=0.1))
     history.commit(src__report_py='summary("J1", 2)\nOBJECTIONS = {"J1": "why?"}\nboth = ("T4", 1)\n')
@@ -124,6 +125,16 @@ def test_a_rule_of_a_merged_branch_is_dated_by_its_own_commit(history):
     history.git("merge", "--quiet", "--no-ff", "-m", "x", "side")
     row = history.rules("K1").loc["K1"]
     assert (row["changed_commit"], row["results_known"]) == (written, "no")
+
+
+def test_what_a_merge_does_not_take_was_no_change(history):
+    written = history.commit(src__claims_py=A1)
+    history.git("checkout", "--quiet", "-b", "side")
+    history.commit(src__claims_py=A1_REWORDED)
+    history.git("checkout", "--quiet", "main")
+    history.commit(notes_md="x")
+    history.git("merge", "--quiet", "--strategy=ours", "-m", "x", "side")
+    assert history.rules("A1").loc["A1", "changed_commit"] == written
 
 
 def test_a_rule_that_is_not_committed_is_refused(history):
