@@ -81,6 +81,22 @@ def policy(
     return pd.concat(tables)
 
 
+def costs_of(seconds: dict[str, ArrayLike], seeds: Iterable[int] = SEEDS) -> pd.DataFrame:
+    """A row of costs.csv for each run and seed; ``seconds`` are a number or one for each seed."""
+    seeds, began = list(seeds), pd.Timestamp("2026-01-07T23:59:00+00:00")
+    rows = [
+        {
+            "run": run,
+            "seed": seed,
+            "started": began.isoformat(),
+            "finished": (began + pd.Timedelta(seconds=took)).isoformat(),
+        }
+        for run, times in seconds.items()
+        for seed, took in zip(seeds, np.broadcast_to(times, len(seeds)).tolist(), strict=True)
+    ]
+    return pd.DataFrame(rows).astype({"seed": "Int64"})
+
+
 def results_of(
     study: Study,
     answers: Iterable[pd.DataFrame] = (),

@@ -234,7 +234,8 @@ def test_rows_say_what_the_contract_asks_for():
     predicted = {row["id"] for row in rows if row["predicted"] is not None}
     assert predicted == {row["id"] for row in rows if row["predicted_from_policies"] is not None}
     assert predicted == {"A1", "A2", "B1", "B2", "B3", "O1"}
-    assert (rows[4]["predicted"], rows[4]["predicted_from_policies"]) == (0, pytest.approx(-0.01))
+    # greedy answers of a base that is tossed up: a perfect learner tilts it to the truth, its own belief leaves it be
+    assert (rows[4]["predicted"], rows[4]["predicted_from_policies"]) == pytest.approx((0, 0.6))  # SFT: 16 of 20
 
 
 def test_one_seed_decides_nothing():
@@ -386,10 +387,8 @@ def test_rl_that_pays_nothing_for_kl_has_no_amount_to_reproduce():
     study = load_study("nano", overrides={"rl.beta": 0.0})
     found = results(measured())._replace(study=study)
     rows = claims.judge_claims(found)
-    assert {row["id"]: row["predicted"] for row in rows} == dict.fromkeys(
-        ("A1", "A2", "B1", "B2", "B3", "O1", "O2", "O3")
-    )
-    assert [row["id"] for row in rows if row["predicted_from_policies"] is None] == ["A1", "A2", "O1", "O2", "O3"]
+    # where RL takes the base has no closed form either, so that B is not predicted
+    assert {(row["predicted"], row["predicted_from_policies"]) for row in rows} == {(None, None)}
     content = theory_content(beta=0.0, runs=[record | {"self_tilted": None} for record in theory_content()["runs"]])
     assert not {"T2", "T3"} & set(theory_verdicts(content))
 

@@ -10,7 +10,7 @@ from nondecoupling.analysis.controls import controls_not_run
 from nondecoupling.analysis.statistics import Interval
 from nondecoupling.study import folders
 from nondecoupling.study.study import load_study
-from tables import MEASURED, SEEDS, metrics_of, results_of
+from tables import MEASURED, SEEDS, costs_of, metrics_of, results_of
 
 
 @pytest.fixture
@@ -139,21 +139,50 @@ def test_the_papers_difference_is_significant_only_if_few_answers_changed():
     assert table[51] == pytest.approx(2 * sum(math.comb(51, k) for k in range(31, 52)) / 2**51)
 
 
+def timed(found, seconds, gpu=None):
+    """``found``, made on one machine in so many seconds by run."""
+    shared = {"shared": {"cpu": "a CPU", "gpu": gpu}}
+    return found._replace(costs=costs_of(seconds, found.seeds), provenance=found.provenance | shared)
+
+
+def test_the_cost_of_a_replication_is_a_mean_by_group_of_what_was_run():
+    found, main = results_of(load_study("nano")), {"base": [30, 60, 90], "rl-sft": 2.4}
+    assert tables.cost_sentence(timed(found, main)) == (
+        "On one core of a CPU a replication took 62 s for both experiments, besides the start of each notebook "
+        "(mean of 3)."
+    )
+    everything = main | {"sft-sft": 5, "joint-m0.2": 6, "sft-rl-b5": 7, "sft-rl-b5-half": [8, 8, 11]}
+    assert tables.cost_sentence(timed(found, everything, gpu="a GPU")).startswith(
+        "On a GPU a replication took 62 s for both experiments, 11 s for controls and joint training, 16 s for other "
+        "betas, besides"
+    )
+
+
+def test_a_run_that_serves_all_replications_costs_each_its_part():
+    found = timed(results_of(load_study("nano")), {"base": 60, "sft": 10})
+    once = found.costs.drop(index=[1, 2])  # one row of the base
+    assert " took 30 s for both" in tables.cost_sentence(found._replace(costs=once))
+
+
 def test_readme_parts_are_those_of_what_was_run(rows, tmp_path):
     study = load_study("nano")
+
+    def parts(runs):
+        return tables.readme_parts(timed(results_of(study, metrics=metrics_of(runs), folder=tmp_path), {"sft": 10}))
+
     folders.write_json(tmp_path / "claims.json", rows + controls_not_run(study))
     folders.write_json(tmp_path / "theory.json", {"sweep": None})
-    without = tables.readme_parts(results_of(study, metrics=metrics_of(MEASURED), folder=tmp_path))
-    assert list(without) == ["nano"]
+    without = parts(MEASURED)
+    assert list(without) == ["nano", "nano, findings", "nano, cost"]
+    assert without["nano, findings"] == tables.outcomes(rows)  # of the paper's claims and ours beside them alone
+    assert "took 10 s" in without["nano, cost"]
     assert "| A1: RL after SFT raises the SFT loss | rises sharply | +0.200 |" in without["nano"]
     assert "| SFT → RL | 0.560 |" in without["nano"]
     assert not any(words in without["nano"] for words in ("| K1:", "| β |", "not run"))
     folders.write_json(tmp_path / "theory.json", {"sweep": [sweep_entry()]})
     runs = MEASURED | {run.name: {} for run in study.runs_of("controls") if run.stage != "reward_model"}
-    everything = tables.readme_parts(
-        results_of(study, metrics=metrics_of(runs | {"reward-model": {}}), folder=tmp_path)
-    )
-    assert list(everything) == ["nano", "nano, controls"]
+    everything = parts(runs | {"reward-model": {}})
+    assert list(everything) == ["nano", "nano, controls", "nano, findings", "nano, cost"]
     assert "| β | steps |" in everything["nano"]
     for words in ("| K1: ", "| J2-interleaved: ", "| rl-rl | 0.400 |"):
         assert words in everything["nano, controls"]
