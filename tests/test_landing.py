@@ -233,6 +233,14 @@ def test_the_temperature_of_least_loss_says_how_overconfident_a_policy_is():
     assert [found[run]["mean"] for run in STATES] == pytest.approx([2, 1, 1, 1, 0.5], rel=1e-4)
 
 
+def test_sides_are_told_by_whole_intervals():
+    above, below, neither = ({"mean": m, "ci95": [m - 0.5, m + 0.5]} for m in (1.6, 0.4, 1.1))
+    assert [landing.side(found, 1) for found in (above, below, neither)] == ["above", "below", "not told apart from"]
+    assert landing.side({"mean": 7.0, "ci95": None}, 1) == "not told apart from"
+    gaps = {"x": above, "y": {"mean": -1.0, "ci95": [-2.0, -0.1]}, "z": {"mean": 1.0, "ci95": [-1.0, 3.0]}, "w": above}
+    assert landing.sides_in_words(gaps) == "more than predicted: x, w; less: y; not told apart from it: z."
+
+
 # theory.json
 
 

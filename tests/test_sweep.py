@@ -191,10 +191,12 @@ def test_a_run_has_settled_if_half_of_its_steps_end_at_the_same_place(rise, half
 
 def test_the_division_is_judged_against_the_plain_run_of_its_beta_and_steps():
     table = table_of([0.2, 0.3, 0.4], [0.2] * 3).iloc[::-1]  # plain runs last, seeds from the last to the first
-    table.loc[table["run"] == "sft-rl-b1-group", ["loss, own belief", "log-odds reached"]] = [0.25, 5.0]
+    divided = table["run"] == "sft-rl-b1-group"
+    table.loc[divided, ["loss, own belief", "log-odds reached"]] = [0.25, 5.0]
+    table.loc[divided, "loss"] = 0.1 + 0.2 * table["seed"]
     found = sweep.effect_of_division(table)
-    assert found["loss"]["mean"] == pytest.approx(0.1 - 0.3)
-    assert found["loss"]["ci95"] == pytest.approx(stats.ttest_1samp([-0.1, -0.2, -0.3], 0).confidence_interval())
+    assert found["loss"]["mean"] == pytest.approx(0)
+    assert found["loss"]["ci95"] == pytest.approx(stats.ttest_1samp([-0.1, 0, 0.1], 0).confidence_interval())
     assert found["loss, own belief"]["mean"] == pytest.approx(0.05)
     assert found["log-odds reached"]["mean"] == pytest.approx(2)
     assert sweep.effect_of_division(table[table["instead"] == ""]) is None
@@ -209,6 +211,8 @@ def test_a_crossing_is_linear_in_log_beta():
     assert sweep.crossing_of(betas, np.array([-0.3, -0.1, 0.1])) == pytest.approx(0.5)
     assert sweep.crossing_of(betas, np.array([-0.3, -0.1, 0.0])) == pytest.approx(0.25)
     assert sweep.crossing_of(betas, np.array([-0.3, 0.2, -0.1])) == pytest.approx(4 * (1 / 4) ** 0.6)
+    twice = sweep.crossing_of(np.array([8.0, 4.0, 2.0, 1.0]), np.array([-0.1, 0.1, -0.1, 0.3]))
+    assert twice == pytest.approx(math.sqrt(32))
     for flat in ([-0.3, -0.2, -0.1], [0.1, 0.2, 0.3], [0.3, 0.1, -0.1]):
         assert sweep.crossing_of(betas, np.array(flat)) is None
 
@@ -229,8 +233,10 @@ def test_the_crossing_by_hand():
     """Two seeds are above the base from beta = 1 on, the third at no beta."""
     below = {run: [0.5, 0.5, 0.5] for run in ("sft-rl-b5", "sft-rl-b2", "sft-rl-b1")}
     above = {f"sft-rl-b{beta}": [0.7, 0.9, 0.5] for beta in ("0.5", "0.25", "0.1", "0.05")}
-    found = sweep.crossing(above_base(below | above | {"sft-rl": [0.65, 0.6, 0.55]}))
+    results = above_base(below | above | {"sft-rl": [0.65, 0.6, 0.55]})
+    found = sweep.crossing(results)
     assert is_a(Crossing, found)
+    assert sweep.crossing(results._replace(metrics=results.metrics.iloc[::-1])) == found  # rows in any order
     first, second = math.sqrt(0.5), 0.5**0.25  # half, and a quarter, of the way from 1 to 0.5
     assert found["by_seed"] == [pytest.approx(first), pytest.approx(second), None]
     assert found["measured"]["mean"] == pytest.approx(math.sqrt(first * second))

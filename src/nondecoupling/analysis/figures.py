@@ -385,8 +385,8 @@ def draw_theory(q: ArrayLike, beta: float, policies: pd.DataFrame, curves: list[
     seeds = policies["seed"].nunique()
     trained.set(xlabel="SFT loss L on dev, nats per label", ylabel="reward J of sampled answers")
     trained.set_title(f"Trained policies, {seeds} seed{'s' if seeds > 1 else ''} and mean")
-    for axes in (ideal, trained):
-        axes.legend(loc="lower right", fontsize=9, frameon=True)
+    for axes, corner in ((ideal, "lower right"), (trained, "best")):
+        axes.legend(loc=corner, fontsize=9, frameon=True)
     return figure
 
 
@@ -452,13 +452,13 @@ def draw_who_pays(payers: list[Payer], tilt: Tilt) -> Figure:
     for one in tilt["bins"]:
         x, y = one["ideal_shift"], one["measured_shift"]
         draw_mean(shifts, x, y, fmt="o", markersize=4 + 14 * np.sqrt(one["share"]))
-        shifts.annotate(
-            f"{one['low']:g} to {one['high']:g}", (x, y["mean"]), (9, -13), textcoords="offset points", fontsize=9
-        )
+        offset, side = ((-9, 9), "right") if y["mean"] > x else ((9, -13), "left")  # away from the diagonal
+        words = f"{one['low']:g} to {one['high']:g}"
+        shifts.annotate(words, (x, y["mean"]), offset, textcoords="offset points", ha=side, fontsize=9)
     low, high = min(one["ideal_shift"] for one in tilt["bins"]), max(one["ideal_shift"] for one in tilt["bins"])
     shifts.plot([low, high], [low, high], color=OWN)
     shifts.set(xlabel="ideal shift of the label's log-odds, own belief", ylabel="measured shift")
-    shifts.margins(x=0.15)
+    shifts.margins(x=0.25)
     shifts.set_title(f"by p(label) before RL; slope {shown(tilt['slope'], '.2f')}", fontsize=10)
     figure.canvas.draw()
     label_ends(rises, ends)
@@ -497,6 +497,8 @@ def draw_crossing(crossing: Crossing) -> Figure:
         title = f"RL after SFT ends at the base's SFT loss at β* = {where}"
     axes.set_yscale("symlog", linthresh=0.2)
     axes.set(xscale="log", xlabel="β, reward per nat of KL (falling)", ylabel="SFT loss after RL - base's, nats")
+    axes.set_xticks([point["beta"] for point in sweep], [f"{point['beta']:g}" for point in sweep])
+    axes.minorticks_off()
     axes.invert_xaxis()
     axes.set_title(title, fontsize=11)
     figure.canvas.draw()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -249,6 +249,27 @@ def decoding(results: Results) -> Decoding:
         "gain_of_greedy_reward": over_seeds(decoded_rewards(results, "sft-rl", GREEDY) - greedy),
         "above_temperature_curve": over_seeds(difference) if difference.notna().all() else None,
     }
+
+
+# Outcomes in words
+
+
+def side(found: OverSeeds, than: float) -> Literal["above", "below", "not told apart from"]:
+    """On which side of a number the whole 95 % interval lies; one seed, or an interval that includes it, tells none."""
+    low, high = found["ci95"] or (-np.inf, np.inf)
+    return "above" if low > than else "below" if high < than else "not told apart from"
+
+
+def sides_in_words(gaps: dict[str, OverSeeds]) -> str:
+    """Where measured minus predicted is above or below zero, and where it cannot be told apart from it, in a sentence.
+
+    ``gaps`` maps a name for each place to its gap.
+    """
+    places: dict[str, list[str]] = {}
+    for name, gap in gaps.items():
+        places.setdefault(side(gap, 0.0), []).append(name)
+    words = {"above": "more than predicted", "below": "less", "not told apart from": "not told apart from it"}
+    return "; ".join(f"{words[kind]}: {', '.join(places[kind])}" for kind in words if kind in places) + "."
 
 
 # theory.json
