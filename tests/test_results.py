@@ -26,8 +26,8 @@ def answers_of(run, seed):
             "source": "s",
             "truth": pd.array([1, 0, 0, 1], "Int64"),
             "agreement": [0.9, 0.75, 0.9, np.nan],
-            "logp_acceptable": -np.log1p(np.exp(-log_odds)),
-            "logp_unacceptable": -np.log1p(np.exp(log_odds)),
+            "logp_acceptable": -np.log1p(np.exp(-log_odds)).astype("float32").astype(float),  # as models measure
+            "logp_unacceptable": -np.log1p(np.exp(log_odds)).astype("float32").astype(float),
             "sampled": "acceptable",
             "greedy": "acceptable",
         }

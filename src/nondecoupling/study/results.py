@@ -101,7 +101,9 @@ def read_results(study: Study | None, folder: Path) -> Results:
         study = study_of(folder.name, validated(provenance["parameters"], where), provenance["chosen"])
     metrics, trajectories, costs = (pd.read_csv(folder / name) for name in (METRICS, TRAJECTORIES, COSTS))
     costs = costs.astype({"seed": "Int64"})  # runs that serve all seeds have none
-    return Results(study, folder, metrics, trajectories, pd.read_parquet(folder / ANSWERS), costs, provenance)
+    answers = pd.read_parquet(folder / ANSWERS)
+    answers = answers.astype(dict.fromkeys(answers.select_dtypes("float32"), "float64"))
+    return Results(study, folder, metrics, trajectories, answers, costs, provenance)
 
 
 def results_to_read(study: Study, *runs: str) -> Results:
@@ -129,7 +131,16 @@ def write_results(results: Results) -> None:
     for name, table in tables.items():
         folders.write_text(results.folder / name, table.to_csv(index=False))
     temporary = results.folder / f"{ANSWERS}.tmp"
-    results.answers.to_parquet(temporary, index=False)
+    measured = [column for column in results.answers if column.startswith(("logp_", "score_"))]
+    # Models measure in float32, so that nothing is lost, and a table of twenty replications is small enough for git.
+    results.answers.astype(dict.fromkeys(measured, "float32")).to_parquet(
+        temporary,
+        index=False,
+        compression="zstd",
+        compression_level=19,
+        use_dictionary=[column for column in results.answers if column not in measured],
+        column_encoding=dict.fromkeys(measured, "BYTE_STREAM_SPLIT"),
+    )
     temporary.replace(results.folder / ANSWERS)
     folders.write_json(results.folder / PROVENANCE, results.provenance)
 
