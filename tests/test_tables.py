@@ -139,6 +139,20 @@ def test_the_papers_difference_is_significant_only_if_few_answers_changed():
     assert table[51] == pytest.approx(2 * sum(math.comb(51, k) for k in range(31, 52)) / 2**51)
 
 
+def change(measured, own):
+    return {"measured": {"mean": measured, "ci95": [measured - 0.1, measured + 0.1]}, "own_belief": own}
+
+
+def test_who_pays_and_the_crossing_are_said_with_their_numbers():
+    payers = [{"q": 0.98, **change(-0.01, 0.04)}, {"q": 0.9, **change(0.2, 0.2)}, {"q": 0.75, **change(0.33, 0.39)}]
+    crossing = {"measured": {"mean": 0.6, "ci95": [0.4, 0.9]}, "by_seed": [0.5, None, 0.7]}
+    who, where = tables.theory_sentences({"who_pays": payers, "crossing": crossing})
+    assert "by +0.330 [+0.230, +0.430] nats where 25% of the annotators disagree (own belief +0.390)" in who
+    assert "and by -0.010 [-0.110, +0.090] nats where 2% of the annotators disagree (own belief +0.040)." in who
+    assert "at β* = 0.60 [0.40, 0.90], in 2 of 3 replications" in where
+    assert tables.theory_sentences({"who_pays": [], "crossing": None}) == []
+
+
 def timed(found, seconds, gpu=None):
     """``found``, made on one machine in so many seconds by run."""
     shared = {"shared": {"cpu": "a CPU", "gpu": gpu}}
@@ -148,7 +162,7 @@ def timed(found, seconds, gpu=None):
 def test_the_cost_of_a_replication_is_a_mean_by_group_of_what_was_run():
     found, main = results_of(load_study("nano")), {"base": [30, 60, 90], "rl-sft": 2.4}
     assert tables.cost_sentence(timed(found, main)) == (
-        "On one core of a CPU a replication took 62 s for both experiments, besides the start of each notebook "
+        "On one core (a CPU) a replication took 62 s for both experiments, besides the start of each notebook "
         "(mean of 3)."
     )
     everything = main | {"sft-sft": 5, "joint-m0.2": 6, "sft-rl-b5": 7, "sft-rl-b5-half": [8, 8, 11]}
@@ -171,7 +185,7 @@ def test_readme_parts_are_those_of_what_was_run(rows, tmp_path):
         return tables.readme_parts(timed(results_of(study, metrics=metrics_of(runs), folder=tmp_path), {"sft": 10}))
 
     folders.write_json(tmp_path / "claims.json", rows + controls_not_run(study))
-    folders.write_json(tmp_path / "theory.json", {"sweep": None})
+    folders.write_json(tmp_path / "theory.json", {"sweep": None, "who_pays": [], "crossing": None})
     without = parts(MEASURED)
     assert list(without) == ["nano", "nano, findings", "nano, cost"]
     assert without["nano, findings"] == tables.outcomes(rows)  # of the paper's claims and ours beside them alone
@@ -179,7 +193,7 @@ def test_readme_parts_are_those_of_what_was_run(rows, tmp_path):
     assert "| A1: RL after SFT raises the SFT loss | rises sharply | +0.200 |" in without["nano"]
     assert "| SFT → RL | 0.560 |" in without["nano"]
     assert not any(words in without["nano"] for words in ("| K1:", "| β |", "not run"))
-    folders.write_json(tmp_path / "theory.json", {"sweep": [sweep_entry()]})
+    folders.write_json(tmp_path / "theory.json", {"sweep": [sweep_entry()], "who_pays": [], "crossing": None})
     runs = MEASURED | {run.name: {} for run in study.runs_of("controls") if run.stage != "reward_model"}
     everything = parts(runs | {"reward-model": {}})
     assert list(everything) == ["nano", "nano, controls", "nano, findings", "nano, cost"]

@@ -9,7 +9,7 @@ from scipy import stats
 
 from nondecoupling.analysis.collapse import is_collapsed
 from nondecoupling.analysis.statistics import interval_text, shown
-from nondecoupling.study.contracts import ClaimRow, SweepEntry
+from nondecoupling.study.contracts import ClaimRow, SweepEntry, TheoryFile
 from nondecoupling.study.plan import NAMES, STATES
 from nondecoupling.study.results import Results
 
@@ -125,6 +125,25 @@ def paper_numbers_table() -> pd.DataFrame:
     return pd.DataFrame({"changed sentences": changed, "share of 527": changed / 527, "p": p})
 
 
+def theory_sentences(content: TheoryFile) -> list[str]:
+    """Who pays for RL's reward, and at which beta RL ends at the base's loss, in sentences with their numbers."""
+    found = []
+    if payers := content["who_pays"]:
+        parts = [
+            f"{shown(payer['measured'])} nats where {1 - payer['q']:.0%} of the annotators disagree"
+            f" (own belief {payer['own_belief']:+.3f})"
+            for payer in (payers[-1], payers[0])
+        ]
+        found.append(f"Who pays: RL after SFT changes the SFT loss by {' and by '.join(parts)}.")
+    if crossing := content["crossing"]:
+        crossed = sum(beta is not None for beta in crossing["by_seed"])
+        found.append(
+            f"RL after SFT ends at the base's SFT loss at β* = {shown(crossing['measured'], '.2f')}, in {crossed} of "
+            f"{len(crossing['by_seed'])} replications; below that β it ends above."
+        )
+    return found
+
+
 def seconds_of(costs: pd.DataFrame) -> pd.Series:
     """How long each run took, its measurements included."""
     started, finished = (costs[end].map(datetime.fromisoformat) for end in ("started", "finished"))
@@ -141,7 +160,7 @@ def cost_sentence(results: Results) -> str:
         total = seconds[results.costs["run"].isin(runs)].sum()
         if total:
             parts.append(f"{total / len(results.seeds):.0f} s for {what}")
-    machine = shared["gpu"] or f"one core of {shared['cpu']}"
+    machine = shared["gpu"] or f"one core ({shared['cpu'].partition(',')[0]})"
     took = f"On {machine} a replication took {', '.join(parts)}, besides the start of each notebook"
     return f"{took} (mean of {len(results.seeds)})."
 
@@ -165,7 +184,8 @@ def readme_parts(results: Results) -> dict[str, str]:
     if others and results.has(*others):
         tables = [claims_table(rows_of(rows, letter)) for letter in "KJ"]
         parts[f"{results.study.name}, controls"] = [*tables, policies_table(results.final(*others))]
-    words = {"findings": outcomes(rows_of(rows, "ABO")), "cost": cost_sentence(results)}
+    theory = "".join(f"\n* {sentence}" for sentence in theory_sentences(results.read("theory.json")))
+    words = {"findings": outcomes(rows_of(rows, "ABO")) + theory, "cost": cost_sentence(results)}
     return {name: "\n\n".join(map(markdown_table, tables)) for name, tables in parts.items()} | {
         f"{results.study.name}, {part}": text for part, text in words.items()
     }
