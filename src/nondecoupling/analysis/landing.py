@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq, minimize_scalar
+from scipy.optimize import brentq
 from scipy.special import expit, log_expit, logit
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.identities import identity_gaps
+from nondecoupling.analysis.measures import best_temperature
 from nondecoupling.analysis.predictions import agreement_of, known_agreement, label_log_odds, levels, policies_of
 from nondecoupling.analysis.statistics import over_seeds
 from nondecoupling.analysis.sweep import change_of, crossing, slope_of_shift, summarise_sweep
@@ -184,19 +185,10 @@ def losses(results: Results, run: str) -> np.ndarray:
     return np.array([theory.loss_on_labels(label_log_odds(a), a["label"]) for a in policies])
 
 
-def temperature_of_least_loss(log_odds: np.ndarray, labels: pd.Series) -> float:
-    """The temperature, between e^-3 and e^3, at which a policy has the least loss: 1 if it is calibrated."""
-
-    def loss(log_t: float) -> float:
-        return theory.loss_on_labels(theory.tempered_log_odds(log_odds, np.exp(log_t)), labels)
-
-    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
-
-
 def calibration(results: Results) -> dict[str, OverSeeds]:
-    """`temperature_of_least_loss` of each policy of the two experiments: above 1 it is overconfident."""
+    """`measures.best_temperature` of each policy of the two experiments: above 1 it is overconfident."""
     return {
-        run: over_seeds([temperature_of_least_loss(odds, table["label"]) for odds, table in policies_of(results, run)])
+        run: over_seeds([best_temperature(odds, table["label"]) for odds, table in policies_of(results, run)])
         for run in STATES
     }
 
@@ -207,7 +199,7 @@ def sharpening(log_odds: np.ndarray, labels: pd.Series, loss: float) -> tuple[fl
     def excess(log_t: float) -> float:
         return theory.loss_on_labels(theory.tempered_log_odds(log_odds, np.exp(log_t)), labels) - loss
 
-    best = temperature_of_least_loss(log_odds, labels)
+    best = best_temperature(log_odds, labels)
     crossed = excess(np.log(best)) < 0 < excess(-9)
     return best, float(np.exp(brentq(excess, -9, np.log(best)))) if crossed else np.nan
 
