@@ -17,6 +17,7 @@ from nondecoupling.study.fingerprint import NOTEBOOKS, kind_of, notebook_of
 from nondecoupling.study.plan import SUMMARIES
 from nondecoupling.study.study import Study, nearest
 from nondecoupling.workflow.graph import Part
+from nondecoupling.workflow.kernels import warm_kernels
 
 MEMORY_ADVICE = "use JOBS=1, or lower sft.rows_per_pass, rl.rows_per_pass or evaluation.batch_size (SET=...)"
 # How kernels start, in a kernel specification of our own: without a warning about TCP that every kernel prints, and one
@@ -105,7 +106,7 @@ def renew_committed(study: Study) -> None:
     from nbclient import NotebookClient
 
     quiet_environment(study, jobs=1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warm_kernels():
         os.environ["NONDECOUPLING_RESULTS"] = folder
         for path in sorted(NOTEBOOKS.glob("*.ipynb")):
             start = time.perf_counter()
