@@ -54,7 +54,11 @@ def warm_kernels() -> Iterator[None]:
     """
     with tempfile.TemporaryDirectory() as folder:
         address = str(Path(folder) / "socket")
-        command = [sys.executable, "-c", f"from {__spec__.name} import serve_warm; serve_warm({address!r})"]
+        command = [
+            sys.executable,
+            "-c",
+            f"from nondecoupling.workflow.kernels import serve_warm; serve_warm({address!r})",
+        ]
         # Its input ends with this process, however that ends. It is in a session of its own, as kernels are: Ctrl-C in
         # a terminal is for those who asked for kernels. What it prints are warnings of libraries.
         with subprocess.Popen(
