@@ -101,7 +101,7 @@ def test_a_target_that_is_no_result_of_the_study_is_refused(results, capfd, targ
 
 
 @pytest.mark.parametrize(
-    ("change", "found"), [({"aspect": 0.1}, "'aspect' is no phenomenon"), ({"case": None}, "'case' has no rate")]
+    ("change", "found"), [({"aspect": 0.1}, "'aspect' is no phenomenon"), ({"case": None}, "'case' is missing")]
 )
 def test_disagreement_about_other_phenomena_is_refused_before_make(results, monkeypatch, capsys, change, found):
     rates = dict.fromkeys(grammar.PHENOMENA, 0.1) | change

@@ -62,7 +62,7 @@ def test_a_study_of_another_version_does_not_hide_the_others(mine):
 def test_trajectories_have_a_thin_line_per_seed_and_a_thick_mean(nano):
     figure = explore.draw_trajectories(nano, ("sft", "sft-rl"), None, "sft_loss")
     lines = figure.axes[0].lines
-    assert len(lines) == 2 * (5 + 1)
+    assert len(lines) == 2 * (len(nano.seeds) + 1)
     table = nano.trajectories.query("run == 'sft'")
     assert lines[5].get_ydata()[-1] == pytest.approx(table[table["step"] == table["step"].max()]["sft_loss"].mean())
     assert len(explore.draw_trajectories(nano, ("sft",), 3, "mcc").axes[0].lines) == 2
@@ -90,8 +90,8 @@ def test_only_what_rl_made_has_a_beta(nano):
 
 def test_measured_rises_are_those_of_the_claims(nano):
     rises = explore.rises_after_sft(explore.final_states(nano))
-    once = dict.fromkeys(nano.study.profile.sweep.betas, 5)  # a row per seed: no halves, no controls
-    assert rises["beta"].value_counts().to_dict() == once | {0.5: 10}
+    once = dict.fromkeys(nano.study.profile.sweep.betas, len(nano.seeds))  # a row per seed: no halves, no controls
+    assert rises["beta"].value_counts().to_dict() == once | {0.5: 2 * len(nano.seeds)}
     measured = {row["id"]: row["estimate"] for row in nano.read("claims.json")}
     own = explore.rises_after_sft(explore.final_states(nano).query("run in ['sft', 'sft-rl']"))["rise"]
     assert own.mean() == pytest.approx(measured["A1"])

@@ -66,7 +66,7 @@ def test_reproduce_leaves_every_result(study):
     rows = folders.read_json(folder / "claims.json")
     assert {row["seeds"] for row in rows if row["verdict"] != "not run"} == {2}
     for row in rows:
-        assert f"{row['id']}: " not in printed or f"{row['estimate']:+.3f} [" in printed
+        assert f"{row['id']}: " not in printed or row["estimate"] is None or f"{row['estimate']:+z.3f} [" in printed
     assert "A1: " in printed
     assert read_results(None, folder).final()["run"].nunique() == 5
     assert str(folder / "report.html") in printed
@@ -75,9 +75,11 @@ def test_reproduce_leaves_every_result(study):
 
 
 def test_progress_is_counted_to_the_end(study):
-    lines = re.findall(r"^\[(\d+)/12\] (.+) · (\d+):\d\d · (\d+) % done$", study[1], flags=re.MULTILINE)
-    assert [int(line[0]) for line in lines] == list(range(1, 13))  # data, base, four runs of two seeds, theory, claims
-    assert [line[1] for line in lines[:2] + lines[-2:]] == ["data", "base", "theory", "claims"]
+    lines = re.findall(r"^\[(\d+)/14\] (.+) · (\d+):\d\d · (\d+) % done$", study[1], flags=re.MULTILINE)
+    assert [int(line[0]) for line in lines] == list(
+        range(1, 15)
+    )  # data, base and four runs of two seeds, theory, claims
+    assert [line[1] for line in lines[-2:]] == ["theory", "claims"]
     assert lines[-1][3] == "100"
 
 
@@ -91,7 +93,7 @@ def test_executed_notebooks_show_progress_as_lines(study):
 
 def test_the_report_shows_the_study(study):
     page = (study[0] / "report.html").read_text(encoding="utf-8")
-    assert "2 (0, 1)" in page  # seeds
+    assert "2 (seeds 0, 1)" in page
     assert len(re.findall(r"<img ", page)) == len(list((study[0] / "figures").glob("*.svg")))
 
 
@@ -127,7 +129,7 @@ def test_a_finished_study_becomes_the_reference_that_it_is_compared_with(copied,
     files = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()}
     whole = {"metrics.csv", "trajectories.csv", "answers.parquet", "costs.csv", "rules.csv", "provenance.json"}
     assert {name for name in files if "/" not in name} == whole | MADE_OF_ALL
-    assert {name.partition("/")[0] for name in files if "/" in name} == {"figures", "base", "seed0"}
+    assert {name.partition("/")[0] for name in files if "/" in name} == {"figures", "seed0"}
     assert {Path(name).suffix for name in files if name.startswith("figures/")} == {".png"}
     assert {f"seed0/{run}/log.csv" for run in RUNS} < files
     assert not [name for name in files if name.endswith(("ipynb", "predictions.parquet"))]
@@ -187,7 +189,7 @@ def test_a_reference_names_folders_without_their_paths():
 def test_a_second_make_executes_nothing_and_the_list_is_complete(results, study):
     done = make("reproduce", "PROFILE=tiny", NONDECOUPLING_RESULTS=str(results))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("study 'tiny': 0 of 12 notebooks to execute")
+    assert done.stdout.startswith("study 'tiny': 0 of 14 notebooks to execute")
     assert " % done" not in done.stdout
     lines = make("list", "PROFILE=tiny", NONDECOUPLING_RESULTS=str(results)).stdout.splitlines()
     states = {line.split()[0]: line.split()[1:] for line in lines if line}
@@ -253,7 +255,7 @@ def test_an_edit_makes_what_depends_on_it_and_the_list_says_so(copied):
     states = {line.split()[0]: line.split()[1:] for line in graph.status_lines(STUDY, SEEDS) if line}
     assert states["rl"] == states["rl-sft"] == ["~", "~"]
     assert states["sft-rl"] == ["✓", "✓"]
-    assert states["main"] == ["6", "of", "10", "make", "reproduce"]
+    assert states["main"] == ["8", "of", "12", "make", "reproduce"]
 
 
 def test_a_run_beside_another_parent_than_its_own_is_stale_and_in_no_table(copied, monkeypatch, tmp_path):
@@ -307,7 +309,10 @@ def test_a_failed_run_on_a_cluster_goes_on_though_a_worker_is_killed(study, copi
     assert "error: 03_sft.ipynb failed: " in complaints
     assert f"see {place}.failed.ipynb" in complaints
     assert "the study is not complete; what is finished is kept, and the same command goes on from there." in complaints
-    assert {path.name for path in place.parent.iterdir()} == {"sft", "sft-rl", "rl", "rl-sft.failed.ipynb"}
+    assert {path.name for path in place.parent.iterdir()} == {
+        *("data", "base", "sft", "sft-rl", "rl"),
+        "rl-sft.failed.ipynb",
+    }
 
     (copied / "hidden").rename(copied / "seed0" / "rl" / "policy")
     command = ["python", "-m", "nondecoupling.workflow", *words]
@@ -370,7 +375,7 @@ def test_ctrl_c_says_how_to_go_on_in_a_checkout_of_any_name_on_a_task_of_ones_ow
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # parallel tests have it ignored
     )
     try:
-        until(lambda: making.poll() or list(checkout.glob("results/*/base.partial")), "the base is begun")
+        until(lambda: making.poll() or list(checkout.glob("results/*/seed0/base.partial")), "the base is begun")
         os.killpg(making.pid, signal.SIGINT)  # what a terminal does
         printed, complaints = making.communicate(timeout=60)
     finally:
@@ -381,13 +386,13 @@ def test_ctrl_c_says_how_to_go_on_in_a_checkout_of_any_name_on_a_task_of_ones_ow
     assert "Traceback" not in complaints
     (folder,) = (checkout / "results").iterdir()
     assert (folder / "data" / "metrics.json").exists()
-    assert not (folder / "base").exists()
+    assert not (folder / "seed0" / "base").exists()
 
     target = folder.relative_to(checkout) / "seed0" / "sft" / "metrics.json"
     done = make(str(target), *words, folder=checkout, **own)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert finished_in(done.stdout) == ["base", "seed 0 · sft"]
-    assert {path.name for path in (folder / "seed0").iterdir()} == {"sft"}
+    assert finished_in(done.stdout) == ["seed 0 · base", "seed 0 · sft"]
+    assert {path.name for path in (folder / "seed0").iterdir()} == {"base", "sft"}
     answers = pd.read_parquet(folder / "seed0" / "sft" / "predictions.parquet")
     assert set(answers["sentence"]) == set(sentences["sentence"][120:])
     metrics = folders.read_json(folder / "seed0" / "sft" / "metrics.json")

@@ -94,7 +94,7 @@ def test_chosen_steps_reach_controls_and_sweep():
 def test_chosen_rates_and_prices_reach_the_controls_that_change_them():
     study = load_study("nano", overrides=parse_overrides("rl.beta=2 sft.learning_rate=0.01 rl.steps=1 sft.steps=3"))
     of = {run.name: study.settings_of(run) for run in study.runs}
-    assert (of["sft-rl-random"].rl.reward, of["sft-rl-random"].rl.beta) == ("random", 0.2)
+    assert (of["sft-rl-random"].rl.reward, of["sft-rl-random"].rl.beta) == ("random", 0.6)
     assert of["rl-sft-short"].sft.learning_rate == 0.0025
     assert of["rl-sft-short"].sft.steps == of["sft-rl-short"].rl.steps == 1  # none has no step at all
     assert of["sft-rl-short"].rl.beta == of["sft-rl"].rl.beta == 2

@@ -186,12 +186,9 @@ def test_same_numbers_give_the_same_figures_and_the_reference_none(tmp_path, mon
 
 
 def test_settings_that_differ_from_the_profile_are_named(finished):
-    assert "Changed settings" not in page_of(finished("nano"))
-    changed = load_study("nano", overrides={"rl.steps": 24, "sft.steps": 30})
-    shown = (
-        page_of(finished("nano")._replace(study=changed))
-        .partition("<dt>Changed settings</dt>")[2]
-        .partition("</dd>")[0]
-    )
+    results, changed = finished("nano"), load_study("nano", overrides={"rl.steps": 24, "sft.steps": 30})
+    assert "Changed settings" not in page_of(results)
+    page = page_of(results._replace(study=changed))
+    shown = page.partition("<dt>Changed settings</dt>")[2].partition("</dd>")[0]
     assert changed.chosen <= set(re.findall(r"<code>([^=<]+)=", shown))
     assert "<code>rl.steps=24</code>" in shown

@@ -116,12 +116,12 @@ def test_a_fault_is_named_by_its_key_in_one_sentence(edit, change, words):
 
 
 def test_a_number_that_yaml_reads_as_text_is_explained(edit):
-    with pytest.raises(ValueError, match=r"'pretrain.learning_rate' is '3e-3'.*write 1.0e-3"):
+    with pytest.raises(ValueError, match=r"'sft.learning_rate' is '3e-3'.*write 1.0e-3"):
         edit(replace=("learning_rate: 3.0e-3", "learning_rate: 3e-3"))
 
 
 def test_other_text_gets_no_such_hint(edit):
-    with pytest.raises(ValueError, match=r"'pretrain.learning_rate'") as caught:
+    with pytest.raises(ValueError, match=r"'sft.learning_rate'") as caught:
         edit(replace=("learning_rate: 3.0e-3", "learning_rate: fast"))
     assert "1.0e-3" not in str(caught.value)
 

@@ -39,7 +39,7 @@ def quantities(results: Results) -> pd.DataFrame:
     for run, of_run in metrics.groupby("run", sort=False):
         for metric in ("sft_loss", "reward_exact", *(["reward_greedy"] if run in STATES else [])):
             tables.append(of_run[["seed"]].assign(quantity=f"{run}: {metric}", value=of_run[metric]))
-    for claim in CLAIMS:
+    for claim in [claim for claim in CLAIMS if claim.metric in metrics]:  # the others need more than final metrics
         by_seed = metrics.pivot(index="seed", columns="run", values=claim.metric)
         difference = (by_seed[claim.after] - by_seed[claim.before]).rename("value").reset_index()
         tables.append(difference.assign(quantity=f"{claim.id} {claim.quantity}"))
