@@ -64,7 +64,9 @@ def test_trajectories_have_a_thin_line_per_seed_and_a_thick_mean(nano):
     lines = figure.axes[0].lines
     assert len(lines) == 2 * (len(nano.seeds) + 1)
     table = nano.trajectories.query("run == 'sft'")
-    assert lines[5].get_ydata()[-1] == pytest.approx(table[table["step"] == table["step"].max()]["sft_loss"].mean())
+    assert lines[len(nano.seeds)].get_ydata()[-1] == pytest.approx(
+        table[table["step"] == table["step"].max()]["sft_loss"].mean()
+    )
     assert len(explore.draw_trajectories(nano, ("sft",), 3, "mcc").axes[0].lines) == 2
 
 

@@ -195,7 +195,7 @@ def test_a_second_make_executes_nothing_and_the_list_is_complete(results, study)
     states = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert states["sft"] == states["rl-sft"] == ["✓", "✓"]
     assert states["joint-m0.2"] == ["·", "·"]
-    assert states["main"] == ["10", "of", "10", "complete"]
+    assert states["main"] == ["12", "of", "12", "complete"]
     assert states["sweep"][-2:] == ["make", "betas"]
 
 
@@ -332,7 +332,7 @@ def test_a_failed_run_on_a_cluster_goes_on_though_a_worker_is_killed(study, copi
     assert making.returncode == 0, printed + complaints
     assert complaints == ""
     assert finished_in(printed) == ["seed 0 · rl-sft"]  # the target is the tables: summaries are not asked for
-    assert {path.name for path in place.parent.iterdir()} == set(RUNS)
+    assert {path.name for path in place.parent.iterdir()} == {"data", "base", *RUNS}
     assert {part.target for part in graph.stale_parts(copied, PARTS)} == MADE_OF_ALL - {"provenance.json"}
 
     ours, its = (folders.read_json(folder / "metrics.json") for folder in (place, made))

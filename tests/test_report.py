@@ -188,7 +188,7 @@ def test_same_numbers_give_the_same_figures_and_the_reference_none(tmp_path, mon
 def test_settings_that_differ_from_the_profile_are_named(finished):
     results, changed = finished("nano"), load_study("nano", overrides={"rl.steps": 24, "sft.steps": 30})
     assert "Changed settings" not in page_of(results)
-    page = page_of(results._replace(study=changed))
+    page = report.render_report(report.content_of(results._replace(study=changed)))
     shown = page.partition("<dt>Changed settings</dt>")[2].partition("</dd>")[0]
     assert changed.chosen <= set(re.findall(r"<code>([^=<]+)=", shown))
     assert "<code>rl.steps=24</code>" in shown

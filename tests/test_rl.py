@@ -214,7 +214,7 @@ def test_an_rl_step_follows_the_gradients_of_reward_and_divergence(prepare):
     stage = prepare("rl", changes=changes)
     corpus = stage.corpus[(stage.corpus["split"] == "train") & (stage.corpus["label"] == 1)].iloc[:8]
     stage = stage._replace(corpus=pd.concat([corpus] * copies, ignore_index=True))
-    recorder = Recorder(stage.policy)
+    recorder = Recorder(stage.policy, size=0.2)
     trainer = trainer_of(stage, recorder)
     trainer.args.max_grad_norm = 1e9  # clipping would change the gradient's length
     trainer.args.learning_rate = 0

@@ -55,11 +55,11 @@ def disturb(policy, size=0.13):
 class Recorder(TrainerCallback):
     """Moves the policy away from its reference at the start, then notes the gradient of every step."""
 
-    def __init__(self, policy):
-        self.policy, self.gradients = policy, []
+    def __init__(self, policy, size=0.13):
+        self.policy, self.size, self.gradients = policy, size, []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        disturb(self.policy)
+        disturb(self.policy, self.size)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.gradients.append(gradient(self.policy))
