@@ -1,5 +1,7 @@
 """RL on the tiny study: what is paid, that the gradient is the theory's, the second algorithm, the proxy, and joint."""
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -214,16 +216,24 @@ def test_an_rl_step_follows_the_gradients_of_reward_and_divergence(prepare):
     stage = prepare("rl", changes=changes)
     corpus = stage.corpus[(stage.corpus["split"] == "train") & (stage.corpus["label"] == 1)].iloc[:8]
     stage = stage._replace(corpus=pd.concat([corpus] * copies, ignore_index=True))
-    recorder = Recorder(stage.policy, size=0.2)
+    questions = prompts.prompt_ids(stage.tokenizer, stage.settings.prompt, corpus["sentence"])
+    for size, draw in product((0.17, 0.19, 0.21, 0.23), range(25)):
+        # A start at which one gradient cannot stand for the other, and both count.
+        disturb(stage.policy, size, draw)
+        of_reward, of_kl = exact_gradients(stage, questions, corpus["label"])
+        disturb(stage.policy, -size, draw)  # back: the trainer takes what it is given as the reference
+        apart = abs(torch.cosine_similarity(of_reward, of_kl, dim=0)) < 0.6
+        if apart and 0.1 < of_kl.norm() / of_reward.norm() < 5:
+            break
+    else:
+        pytest.fail("no start at which the two gradients can be told apart")
+    known = torch.stack([of_reward, of_kl], 1)
+    recorder = Recorder(stage.policy, size, draw)
     trainer = trainer_of(stage, recorder)
     trainer.args.max_grad_norm = 1e9  # clipping would change the gradient's length
     trainer.args.learning_rate = 0
     trainer.train()
     [found] = recorder.gradients
-    questions = prompts.prompt_ids(stage.tokenizer, stage.settings.prompt, corpus["sentence"])
-    of_reward, of_kl = exact_gradients(stage, questions, corpus["label"])
-    known = torch.stack([of_reward, of_kl], 1)
-    assert abs(torch.cosine_similarity(*known.T, dim=0)) < 0.5  # so that one cannot stand for the other
     coefficients = torch.linalg.lstsq(known, found[:, None]).solution.flatten()
     shrunk = (group - 1) / group
     assert coefficients[0] == pytest.approx(-shrunk, rel=0.25)

@@ -43,9 +43,9 @@ def gradient(policy):
     return torch.cat([w.grad.flatten() for w in policy.parameters() if w.requires_grad]).clone()
 
 
-def disturb(policy, size=0.13):
+def disturb(policy, size=0.13, seed=0):
     """Move the policy away from its start."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in policy.named_parameters():
             if weight.requires_grad and "lora_B" in name:
@@ -55,11 +55,11 @@ def disturb(policy, size=0.13):
 class Recorder(TrainerCallback):
     """Moves the policy away from its reference at the start, then notes the gradient of every step."""
 
-    def __init__(self, policy, size=0.13):
-        self.policy, self.size, self.gradients = policy, size, []
+    def __init__(self, policy, size=0.13, seed=0):
+        self.policy, self.disturbance, self.gradients = policy, (size, seed), []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        disturb(self.policy, self.size)
+        disturb(self.policy, *self.disturbance)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.gradients.append(gradient(self.policy))
