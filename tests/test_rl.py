@@ -201,8 +201,8 @@ def test_an_rl_step_follows_the_gradients_of_reward_and_divergence(prepare):
     """The whole path, from sampling to the adapter's gradient; `test_oracle` proves trl's part without sampling.
 
     Answers have one token, so that the exact gradients of E[r] and of KL are known. The step must be (G-1)/G times
-    that of beta KL - E[r], and with two answers per prompt that factor is 1/2. Eight steps that move nothing draw 25,600
-    answers; the tolerances tell 1/2 from 1.
+    that of beta KL - E[r], and with two answers per prompt that factor is 1/2. Eight steps that move nothing draw
+    25,600 answers; the tolerances tell 1/2 from 1.
     """
     group, copies, beta = 2, 200, 2.0
     changes = {
