@@ -56,13 +56,13 @@ help: ## print the targets
 	@echo '  SCHEDULER=local|tcp://host:8786   a Dask cluster instead of this machine'
 	@echo '  older names: study (controls), theory (betas), sweep (seeds)'
 
-reproduce: $(READY) ## both experiments, five seeds, claims and report: 4 min
+reproduce: $(READY) ## both experiments, five seeds, claims and report: 3 min
 	@$(WORKFLOW) reproduce $(STUDY) $(HOW)
 
-controls: $(READY) ## also controls and joint training: 16 min more
+controls: $(READY) ## also controls and joint training: 8 min more
 	@$(WORKFLOW) controls $(STUDY) $(HOW)
 
-betas: $(READY) ## also RL at other prices of the KL: 15 min more
+betas: $(READY) ## also RL at other prices of the KL: 9 min more
 	@$(WORKFLOW) betas $(STUDY) $(HOW)
 
 everything: $(READY) ## all of these
