@@ -63,6 +63,11 @@ def test_reproduce_leaves_every_result(study):
             assert (metrics["run"], metrics["seed"], metrics["status"]) == (run, seed, "complete")
             kept = {"metrics.json", "trajectory.csv", "log.csv", "predictions.parquet", "notebook.ipynb", "policy"}
             assert {path.name for path in place.iterdir()} >= kept
+        assert set(folders.read_json(folder / f"seed{seed}" / "base" / "metrics.json")["parents"]) == {"data"}
+    first, second = (folders.file_hashes(folder / f"seed{seed}" / "data", "*.tsv") for seed in SEEDS)
+    assert all(first[name] != second[name] for name in first)  # a world for each seed
+    first, second = (folders.file_hashes(folder / f"seed{seed}" / "base/policy", "*.safetensors") for seed in SEEDS)
+    assert first != second
     rows = folders.read_json(folder / "claims.json")
     assert {row["seeds"] for row in rows if row["verdict"] != "not run"} == {2}
     for row in rows:
@@ -76,10 +81,12 @@ def test_reproduce_leaves_every_result(study):
 
 def test_progress_is_counted_to_the_end(study):
     lines = re.findall(r"^\[(\d+)/14\] (.+) · (\d+):\d\d · (\d+) % done$", study[1], flags=re.MULTILINE)
-    assert [int(line[0]) for line in lines] == list(
-        range(1, 15)
-    )  # data, base and four runs of two seeds, theory, claims
-    assert [line[1] for line in lines[-2:]] == ["theory", "claims"]
+    assert [int(line[0]) for line in lines] == list(range(1, 15))  # data, base, four runs of two seeds, theory, claims
+    names = [line[1] for line in lines]
+    assert sorted(names[:-2]) == sorted(f"seed {seed} · {run}" for seed in SEEDS for run in ("data", "base", *RUNS))
+    assert names[-2:] == ["theory", "claims"]
+    for seed in SEEDS:
+        assert names.index(f"seed {seed} · data") < names.index(f"seed {seed} · base")
     assert lines[-1][3] == "100"
 
 
@@ -130,6 +137,7 @@ def test_a_finished_study_becomes_the_reference_that_it_is_compared_with(copied,
     whole = {"metrics.csv", "trajectories.csv", "answers.parquet", "costs.csv", "rules.csv", "provenance.json"}
     assert {name for name in files if "/" not in name} == whole | MADE_OF_ALL
     assert {name.partition("/")[0] for name in files if "/" in name} == {"figures", "seed0"}
+    assert "seed0/base/policy/model.safetensors" in files
     assert {Path(name).suffix for name in files if name.startswith("figures/")} == {".png"}
     assert {f"seed0/{run}/log.csv" for run in RUNS} < files
     assert not [name for name in files if name.endswith(("ipynb", "predictions.parquet"))]
@@ -301,6 +309,7 @@ def execution_of(run: str, command: int) -> psutil.Process:
 def test_a_failed_run_on_a_cluster_goes_on_though_a_worker_is_killed(study, copied, capfd):
     """As a study on a cluster fails: the same command goes on where it was, with what make would have made."""
     made, place = study[0] / "seed0" / "rl-sft", copied / "seed0" / "rl-sft"
+    others = {"data", "base", "sft", "sft-rl", "rl"}
     shutil.rmtree(place)
     (copied / "seed0" / "rl" / "policy").rename(copied / "hidden")
     words = ["reproduce", "--profile=tiny", "--jobs=2", "--scheduler=local", f"--target={copied / 'provenance.json'}"]
@@ -309,10 +318,7 @@ def test_a_failed_run_on_a_cluster_goes_on_though_a_worker_is_killed(study, copi
     assert "error: 03_sft.ipynb failed: " in complaints
     assert f"see {place}.failed.ipynb" in complaints
     assert "the study is not complete; what is finished is kept, and the same command goes on from there." in complaints
-    assert {path.name for path in place.parent.iterdir()} == {
-        *("data", "base", "sft", "sft-rl", "rl"),
-        "rl-sft.failed.ipynb",
-    }
+    assert {path.name for path in place.parent.iterdir()} == others | {"rl-sft.failed.ipynb"}
 
     (copied / "hidden").rename(copied / "seed0" / "rl" / "policy")
     command = ["python", "-m", "nondecoupling.workflow", *words]
@@ -332,7 +338,7 @@ def test_a_failed_run_on_a_cluster_goes_on_though_a_worker_is_killed(study, copi
     assert making.returncode == 0, printed + complaints
     assert complaints == ""
     assert finished_in(printed) == ["seed 0 · rl-sft"]  # the target is the tables: summaries are not asked for
-    assert {path.name for path in place.parent.iterdir()} == {"data", "base", *RUNS}
+    assert {path.name for path in place.parent.iterdir()} == others | {"rl-sft"}
     assert {part.target for part in graph.stale_parts(copied, PARTS)} == MADE_OF_ALL - {"provenance.json"}
 
     ours, its = (folders.read_json(folder / "metrics.json") for folder in (place, made))

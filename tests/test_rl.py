@@ -61,6 +61,7 @@ def test_the_coin_is_thrown_once_for_each_sentence_and_knows_nothing_of_its_labe
     assert abs(np.corrcoef(drawn, questions["label"])[0, 1]) < 4 / np.sqrt(400)
     pd.testing.assert_series_equal(drawn, rl.rl_questions(stage, 400).to_pandas()["drawn_label"])
     other = rl.rl_questions(stage._replace(seed=1), 400).to_pandas()
+    assert drawn.tolist() != other["drawn_label"].tolist()
     by_sentence = pd.Series(drawn.to_numpy(), chats)
     others = pd.Series(other["drawn_label"].to_numpy(), other["prompt"].map(lambda chat: chat[0]["content"]))
     assert 0.3 < (by_sentence == others[by_sentence.index]).mean() < 0.7  # another seed's coin on the same sentences
