@@ -17,9 +17,9 @@ import textwrap
 import numpy as np
 import pandas as pd
 
-from nondecoupling.analysis.claims import CLAIMS
+from nondecoupling.analysis.claims import CLAIMS, change_of
 from nondecoupling.analysis.statistics import ROUNDING, further_draws_test, holm
-from nondecoupling.study.plan import STATES
+from nondecoupling.study.plan import MAKES, STATES
 from nondecoupling.study.results import Results
 
 TOLERANCE = 1e-3  # nats of loss, or reward
@@ -27,7 +27,6 @@ FAMILYWISE = 0.01
 WIDTH = 80  # of what is printed
 FAIL = "FAIL"
 ALIKE = {"bit-identical": "bit-identical", "to 1e-3": "the same to 1e-3", "statistically": "statistically the same"}
-MAKES = {"main": "make reproduce", "controls": "make controls", "sweep": "make betas"}
 
 
 def quantities(results: Results) -> pd.DataFrame:
@@ -40,8 +39,7 @@ def quantities(results: Results) -> pd.DataFrame:
         for metric in ("sft_loss", "reward_exact", *(["reward_greedy"] if run in STATES else [])):
             tables.append(of_run[["seed"]].assign(quantity=f"{run}: {metric}", value=of_run[metric]))
     for claim in [claim for claim in CLAIMS if claim.metric in metrics]:  # the others need more than final metrics
-        by_seed = metrics.pivot(index="seed", columns="run", values=claim.metric)
-        difference = (by_seed[claim.after] - by_seed[claim.before]).rename("value").reset_index()
+        difference = change_of(results, claim).rename("value").reset_index()
         tables.append(difference.assign(quantity=f"{claim.id} {claim.quantity}"))
     return pd.concat(tables, ignore_index=True)[["quantity", "seed", "value"]]
 

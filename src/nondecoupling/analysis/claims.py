@@ -40,6 +40,7 @@ from nondecoupling.analysis.statistics import (
     paired_test,
 )
 from nondecoupling.study.contracts import ClaimRow, OverSeeds, TheoryFile, Verdict
+from nondecoupling.study.plan import MAKES
 from nondecoupling.study.results import Results
 
 SIGNIFICANT = 0.05  # largest p, after Holm's correction, of a verdict other than inconclusive
@@ -231,13 +232,27 @@ def values_of_claims(results: Results) -> dict[str, pd.Series]:
 
 def judge_claims(results: Results) -> list[ClaimRow]:
     """The rows of the paper's claims, and of ours beside them."""
-    values, fallen = values_of_claims(results), collapses(results)
-    perfect, policies = predictions.for_perfect_learner(results), predictions.from_policies(results)
-    rows = []
-    for claim in CLAIMS:
-        notes = [collapse_note(claim, fallen), A2_NOTE if claim.id == "A2" else ""]
-        predicted = {"predicted": perfect.get(claim.id), "predicted_from_policies": policies.get(claim.id)}
-        rows.append(judged(claim, values[claim.id], notes, **predicted))
+    predicted = predictions.for_perfect_learner(results), predictions.from_policies(results)
+    return judged_family(results, CLAIMS, values_of_claims(results), predicted, {"A2": A2_NOTE})
+
+
+def judged_family(
+    results: Results,
+    claims: list[Claim],
+    values: dict[str, pd.Series],
+    predicted: tuple[predictions.Predictions, predictions.Predictions],
+    notes: dict[str, str],
+) -> list[ClaimRow]:
+    """The rows of ``claims`` that are judged together, from their ``values`` by seed.
+
+    ``predicted`` is for a perfect learner and by own belief, ``notes`` what there is to say besides collapses; all by
+    the claims' ids. Predictions are of changes, so that a claim of no difference has none.
+    """
+    fallen, rows = collapses(results), []
+    for claim in claims:
+        perfect, own = (known.get(claim.id) if claim.margin is None else None for known in predicted)
+        said = [collapse_note(claim, fallen), notes.get(claim.id, "")]
+        rows.append(judged(claim, values[claim.id], said, predicted=perfect, predicted_from_policies=own))
     return corrected_family(rows)
 
 
@@ -353,7 +368,7 @@ def sweep_rows(results: Results, content: TheoryFile) -> Iterable[ClaimRow]:
         beta, steps = run.changes["rl.beta"], run.changes["rl.steps"]
         name, statement = f"T4-b{beta:g}", f"T2 at beta = {beta:g}, in {steps} steps"
         if run.name not in entries:
-            yield not_run(Claim(name, statement, "change", "", "", +1), "make betas")
+            yield not_run(Claim(name, statement, "change", "", "", +1), MAKES["sweep"])
             continue
         entry = entries[run.name]
         change, n = entry["change_of_loss"], len(entry["seeds"])

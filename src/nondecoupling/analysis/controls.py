@@ -17,18 +17,17 @@ from nondecoupling.analysis.claims import (
     Claim,
     by_seed,
     change_of,
-    collapse_note,
-    collapses,
     corrected_family,
     judged,
+    judged_family,
     not_run,
 )
 from nondecoupling.analysis.collapse import is_failed_judge
 from nondecoupling.analysis.measures import advantage, kl_between, loss_per_nat, temperature_curve
-from nondecoupling.analysis.predictions import label_log_odds
+from nondecoupling.analysis.predictions import policies_of
 from nondecoupling.analysis.statistics import interval_text
 from nondecoupling.study.contracts import ClaimRow
-from nondecoupling.study.plan import SEQUENTIAL
+from nondecoupling.study.plan import MAKES, SEQUENTIAL
 from nondecoupling.study.results import Results
 from nondecoupling.study.study import Study
 
@@ -129,7 +128,7 @@ def joint_claims(study: Study) -> list[Claim]:
 
 def controls_not_run(study: Study) -> list[ClaimRow]:
     """The rows of controls and joint training of a study that has run none."""
-    return [not_run(claim, "make controls") for claim in [*controls_of(study), *joint_claims(study)]]
+    return [not_run(claim, MAKES["controls"]) for claim in [*controls_of(study), *joint_claims(study)]]
 
 
 def values_of_controls(results: Results) -> dict[str, pd.Series]:
@@ -167,16 +166,9 @@ def shares_ahead(results: Results) -> pd.Series:
 
 def judge_controls(results: Results, claims: list[ClaimRow]) -> list[ClaimRow]:
     """One row per control that the plan has; ``claims`` are the judged claims of the same study."""
-    values, fallen = values_of_controls(results), collapses(results)
-    perfect, policies = predictions.of_controls(results, claims)
-    rows = []
-    for claim in controls_of(results.study):
-        predicted = {"predicted": perfect.get(claim.id), "predicted_from_policies": policies.get(claim.id)}
-        if claim.margin is not None:  # the predictions are of changes, and no change is what it claims
-            predicted = {}
-        notes = [collapse_note(claim, fallen), NOTES[claim.id](results) if claim.id in NOTES else ""]
-        rows.append(judged(claim, values[claim.id], notes, **predicted))
-    return corrected_family(rows)
+    planned, predicted = controls_of(results.study), predictions.of_controls(results, claims)
+    notes = {claim.id: NOTES[claim.id](results) for claim in planned if claim.id in NOTES}
+    return judged_family(results, planned, values_of_controls(results), predicted, notes)
 
 
 def distances_note(results: Results) -> str:
@@ -210,8 +202,7 @@ def reward_per_nat(results: Results) -> pd.DataFrame:
 
 def temperature_curves(results: Results, run: str) -> list[pd.DataFrame]:
     """`measures.temperature_curve` of a run's policy, for each seed."""
-    policies = [results.answers_of(run, seed) for seed in results.seeds]
-    return [temperature_curve(label_log_odds(answers), answers["label"]) for answers in policies]
+    return [temperature_curve(odds, answers["label"]) for odds, answers in policies_of(results, run)]
 
 
 def values_of_joint(results: Results) -> dict[str, pd.Series]:

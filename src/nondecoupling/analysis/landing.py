@@ -175,14 +175,12 @@ def train_against_dev(results: Results) -> dict[str, np.ndarray]:
 
 def decoded_rewards(results: Results, run: str, decode: Decoder = SAMPLED) -> np.ndarray:
     """J of each seed's policy on dev with its answers given by ``decode``, (seeds,)."""
-    policies = [results.answers_of(run, seed) for seed in results.seeds]
-    return np.array([theory.reward_on_labels(decode(label_log_odds(a)), a["label"]) for a in policies])
+    return np.array([theory.reward_on_labels(decode(odds), a["label"]) for odds, a in policies_of(results, run)])
 
 
 def losses(results: Results, run: str) -> np.ndarray:
     """L of each seed's policy on dev, (seeds,); no decoder changes it."""
-    policies = [results.answers_of(run, seed) for seed in results.seeds]
-    return np.array([theory.loss_on_labels(label_log_odds(a), a["label"]) for a in policies])
+    return np.array([theory.loss_on_labels(odds, a["label"]) for odds, a in policies_of(results, run)])
 
 
 def calibration(results: Results) -> dict[str, OverSeeds]:

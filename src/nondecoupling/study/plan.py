@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from nondecoupling.study.profile import Profile
 
-Group = Literal["main", "sweep", "controls"]  # make reproduce, make betas and make controls add them up
+Group = Literal["main", "sweep", "controls"]
+MAKES: dict[Group, str] = {"main": "make reproduce", "sweep": "make betas", "controls": "make controls"}
 StageKind = Literal["data", "base", "sft", "rl", "joint", "reward_model"]
 
 # The policies of the two experiments, with their names for readers.

@@ -17,7 +17,7 @@ import pandas as pd
 
 from nondecoupling.study import folders
 from nondecoupling.study.contracts import ProvenanceFile, RunFile
-from nondecoupling.study.plan import Run
+from nondecoupling.study.plan import MAKES, Run
 from nondecoupling.study.study import Study, study_of, validated
 
 METRICS, TRAJECTORIES, ANSWERS, COSTS = "metrics.csv", "trajectories.csv", "answers.parquet", "costs.csv"
@@ -116,11 +116,10 @@ def results_to_read(study: Study, *runs: str) -> Results:
             results = read_results(study, folder)
             if results.has(*runs):
                 return results
-    groups = {study.run(run).group for run in runs} - {"main"}
-    what = {"controls": "controls", "sweep": "betas"}.get(next(iter(groups), ""), "reproduce")
+    groups = [*({study.run(run).group for run in runs} - {"main"}), "main"]
     raise FileNotFoundError(
         f"{folders.study_folder(study)} has no collected results and there is no reference of '{study.name}'; run the "
-        f"study first (make {what})."
+        f"study first ({MAKES[groups[0]]})."
     )
 
 

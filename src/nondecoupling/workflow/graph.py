@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 from nondecoupling.study import folders, results
 from nondecoupling.study.fingerprint import PACKAGE, code_hashes, fingerprint, kind_of, notebook_of
-from nondecoupling.study.plan import SUMMARIES, Group
+from nondecoupling.study.plan import MAKES, SUMMARIES, Group
 from nondecoupling.study.study import Study
 
 GROUPS: tuple[Group, ...] = ("main", "sweep", "controls")
-MAKES: dict[Group, str] = {"main": "make reproduce", "sweep": "make betas", "controls": "make controls"}
 TABLES, REPORT = "tables", "report"  # parts that no notebook makes
 # Code that makes them; paths of the package.
 CODE_OF = {
