@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from pydantic import TypeAdapter
 
-from nondecoupling.analysis import claims, controls
+from nondecoupling.analysis import claims, controls, measures
 from nondecoupling.study import contracts, folders, results
 from nondecoupling.study.study import load_study
 
@@ -220,17 +220,26 @@ def test_committed_files_keep_their_contracts(reference):
 
 
 def test_committed_runs_are_beside_their_own_parents(reference):
-    """Where a run's parent is unknown, because that run was made before parents were noted, provenance says so."""
-    provenance = folders.read_json(reference / "provenance.json")
-    study, runs, unknown = results.read_results(None, reference).study, provenance["runs"], 0
+    study, runs = results.read_results(None, reference).study, folders.read_json(reference / "provenance.json")["runs"]
     for place, entry in runs.items():
         seed, _, name = place.rpartition("/")
         for parent, digest in entry["parents"].items():
             where = parent if study.run(parent).once else f"{seed}/{parent}"
-            assert digest in (None, runs[where]["sha256"]), place
-            unknown += digest is None
+            assert digest == runs[where]["sha256"], place
         assert list(entry["parents"]) == study.run(name).parents
-    assert ("older than the parent" in provenance["note"]) == (unknown > 0)
+
+
+def test_committed_bases_are_alike_and_know_what_they_are_to_be_sure_of(reference):
+    """Of what they are only to have a feeling for, some bases learn a part."""
+    found = results.read_results(None, reference)
+    base = found.final("base")
+    for metric, width in (("sft_loss", 0.05), ("balanced_accuracy", 0.04)):
+        assert (base[metric] - base[metric].mean()).abs().max() <= width
+    assert base["label_mass"].min() > 0.99
+    sure = [name for name, (low, high) in found.study.profile.pretrain.taught.items() if low < 0.5 < high]
+    answers = found.answers[found.answers["run"] == "base"]
+    for (seed, source), part in answers[answers["source"].isin(sure)].groupby(["seed", "source"]):
+        assert measures.auroc(part) > 0.9, (seed, source)
 
 
 def test_committed_claims_follow_from_the_committed_tables(reference):

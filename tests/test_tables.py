@@ -151,6 +151,10 @@ def test_who_pays_and_the_crossing_are_said_with_their_numbers():
     assert "and by -0.010 [-0.110, +0.090] nats where 2% of the annotators disagree (own belief +0.040)." in who
     assert "at β* = 0.60 [0.40, 0.90], in 2 of 3 replications" in where
     assert tables.theory_sentences({"who_pays": [], "crossing": None}) == []
+    nowhere = {"measured": None, "by_seed": [None, None]}
+    assert tables.theory_sentences({"who_pays": [], "crossing": nowhere}) == [
+        "RL after SFT ends at the base's SFT loss at no β of the sweep."
+    ]
 
 
 def timed(found, seconds, gpu=None):

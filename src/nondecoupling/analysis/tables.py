@@ -135,7 +135,10 @@ def theory_sentences(content: TheoryFile) -> list[str]:
             for payer in (payers[-1], payers[0])
         ]
         found.append(f"Who pays: RL after SFT changes the SFT loss by {' and by '.join(parts)}.")
-    if crossing := content["crossing"]:
+    crossing = content["crossing"]
+    if crossing and not crossing["measured"]:
+        found.append("RL after SFT ends at the base's SFT loss at no β of the sweep.")
+    elif crossing:
         crossed = sum(beta is not None for beta in crossing["by_seed"])
         found.append(
             f"RL after SFT ends at the base's SFT loss at β* = {shown(crossing['measured'], '.2f')}, in {crossed} of "

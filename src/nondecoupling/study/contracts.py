@@ -38,7 +38,6 @@ class ProvenanceFile(TypedDict):
     shared: dict[str, Any]  # code, versions and machine of most runs
     data: dict[str, dict[str, float]]  # sentences and majority reward by split, of the first seed
     runs: dict[str, dict[str, Any]]  # by "seed0/sft": sha256, parents, times, and what is not as in `shared`
-    note: str  # what a reader must know about these runs; empty where nothing
 
 
 class ClaimRow(TypedDict):

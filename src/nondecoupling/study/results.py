@@ -247,5 +247,4 @@ def collected_provenance(study: Study, root: Path, seeds: list[int], records: Re
             name: {key: value for key, value in entry.items() if key not in shared or value != shared[key]}
             for name, entry in by_run.items()
         },
-        "note": "",
     }

@@ -108,13 +108,13 @@ def targets(settings: Pretrain, rows: pd.DataFrame, step: int) -> np.ndarray:
     """(rows,) probability of "acceptable" that is taught at ``step``: the right answer at first, then ``p_acceptable``.
 
     Where the base is to tell nothing apart it is its one number from the beginning. Learning to judge and then to be
-    unsure takes fewer steps than learning from unsure judgements, and takes all bases as far.
+    unsure takes fewer steps than learning from unsure judgements.
     """
     done = step / settings.steps
     settled = np.clip((done - settings.sure_until) / (settings.settled_at - settings.sure_until), 0, 1)
     distinct = rows["source"].map({name: low != high for name, (low, high) in settings.taught.items()})
     start = rows["label"].where(distinct, rows["p_acceptable"])
-    return (start + settled * (rows["p_acceptable"] - start)).to_numpy(dtype=float)
+    return (start + settled * (rows["p_acceptable"] - start)).to_numpy(dtype=float, copy=True)
 
 
 def chat_loss(
@@ -159,8 +159,8 @@ def text_loss(
 def pretrain(settings: Pretrain, prompt: Prompt, exclude: set[str], folder: Path, seed: int) -> pd.DataFrame:
     """Train tokenizer and model of replication ``seed``, save both to ``folder``; returns ``step, loss``.
 
-    A base's competence comes from what it is taught, never from when it is stopped: so small a model learns a
-    phenomenon in a sudden transition, and at the end of its steps it is past those of the phenomena that it is taught.
+    A base's competence comes from what it is taught in a fixed number of steps, never from when it is stopped: so small
+    a model learns a phenomenon in a sudden transition, and stopping at a threshold would draw a point of it.
     """
     grammar.require_each_phenomenon(settings.taught, "pretrain.taught")
     sentences = pretraining_sentences(settings, exclude, seed)
