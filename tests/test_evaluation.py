@@ -134,7 +134,7 @@ def test_all_answers_up_to_a_length_have_probability_one_and_are_sampled_as_ofte
         prefix = Prefix(three_tokens, [[0], question], pad=0)
         exact = {tuple(answer): prefix.log_probability(answer)[1].exp().item() for answer in ended[1:] + cut}
         exact[(1,)] = prefix.first[1].softmax(-1)[1].item()  # the empty answer
-        many = Prefix(three_tokens, [question], pad=0, copies=copies)
+        many = Prefix(three_tokens, [question] * copies, pad=0)
         sampled = many.answers(eos=1, limit=length, generator=torch.Generator().manual_seed(0))
     assert len(exact) == 15
     assert sum(exact.values()) == pytest.approx(1, abs=1e-5)
@@ -175,7 +175,7 @@ def test_sampled_answers_follow_the_exact_probabilities(policy, settings, table)
     [question] = prompts.prompt_ids(tokenizer, settings.prompt, table["sentence"][:1])
     with torch.no_grad():
         p = torch.softmax(model(torch.tensor([question])).logits[0, -1].double(), -1).numpy()
-        prefix = Prefix(model, [question], tokenizer.pad_token_id, copies=copies)
+        prefix = Prefix(model, [question] * copies, tokenizer.pad_token_id)
         sampled = prefix.answers(tokenizer.eos_token_id, LIMIT, generator=torch.Generator().manual_seed(0))
     counts = np.bincount([answer[0] for answer in sampled], minlength=len(p))
     often = copies * p >= 5
@@ -190,7 +190,7 @@ def test_a_pretrained_policy_gives_each_label_as_often_as_its_probability_says(b
     copies = 3000
     [question] = prompts.prompt_ids(tokenizer, settings.prompt, table["sentence"][:1])
     with torch.no_grad():
-        prefix = Prefix(model, [question], tokenizer.pad_token_id, copies=copies)
+        prefix = Prefix(model, [question] * copies, tokenizer.pad_token_id)
         sampled = prefix.answers(tokenizer.eos_token_id, LIMIT, generator=torch.Generator().manual_seed(0))
     for text in ("acceptable", "unacceptable"):
         response = prompts.response_ids(tokenizer, text)

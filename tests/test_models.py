@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import trl.trainer.utils
 from peft import PeftModel
 
 from nondecoupling.study.profile import Adaptation, Model
@@ -126,9 +125,3 @@ def test_weights_are_read_in_full_precision(base):
 def test_an_adapter_is_not_continued_at_another_rank(prepare, built_sft):
     with pytest.raises(ValueError, match=r"has rank 16 .*adaptation\.rank=4"):
         prepare("sft-rl", changes={"adaptation.rank": 4})
-
-
-def test_a_trl_that_would_project_prompts_onto_the_vocabulary_is_refused(monkeypatch):
-    monkeypatch.delattr(trl.trainer.utils, "_use_triton")
-    with pytest.raises(AttributeError, match="no _use_triton any more"):
-        models.prepare_libraries()

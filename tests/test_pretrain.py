@@ -1,7 +1,6 @@
 """The embedded base: what its two losses count, what it may read, and that a seed decides everything about it."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +9,8 @@ import torch
 
 from nondecoupling.study.study import load_study
 from nondecoupling.task import corpus, grammar, prompts
-from nondecoupling.training import pretrain
+from nondecoupling.training import models, pretrain
+from nondecoupling.training.generation import padded
 
 TINY = load_study("tiny").profile
 ROWS = pd.DataFrame(
@@ -47,8 +47,12 @@ def grow(tmp_path):
     return grow
 
 
-def chat_loss(model, tokenizer, prompt, rows):
-    return pretrain.chat_loss(model, tokenizer, prompt, rows["sentence"].tolist(), rows["p_acceptable"].to_numpy())
+def chat_loss(model, tokenizer, prompt, rows, read=pretrain.reading):
+    """The loss of chats about ``rows``, which ``read`` reads with ``model``."""
+    questions, (answers, _) = prompts.prompt_ids(tokenizer, prompt, rows["sentence"]), answers_of(tokenizer, prompt)
+    p_acceptable = torch.tensor(rows["p_acceptable"].to_numpy(), dtype=torch.float32)
+    ids, _ = padded(pretrain.chat_rows(questions, answers, p_acceptable), tokenizer.pad_token_id, "right")
+    return pretrain.chat_loss(read(model, ids), [len(question) for question in questions], answers, p_acceptable)
 
 
 def wording(unacceptable, acceptable):
@@ -102,34 +106,26 @@ def test_padding_and_other_rows_do_not_matter(model, nano_tokenizer):
     assert tokens == sum(count for _, count in alone) == 8
 
 
-class Told:
-    """A model that gives an answer's tokens the probability 1, but where the answers part: there the odds that it has.
+def told(odds, answers, fork):
+    """Reads as a model would that gives an answer's tokens the probability 1, but where the answers part: ``odds``."""
 
-    ``logits`` belong to both answers' tokens at the fork and are the only weights.
-    """
+    def read(_, ids):
+        whole = [" ".join(map(str, row)) for row in ids.tolist()]
+        ends = [max(row.rfind(" ".join(map(str, answer))) for answer in answers) for row in whole]
+        forks = torch.tensor([row[:end].count(" ") + fork for row, end in zip(whole, ends, strict=True)])
 
-    def __init__(self, tokenizer, prompt, p_acceptable):
-        self.answers, self.fork = answers_of(tokenizer, prompt)
-        self.logits = torch.log(torch.tensor([1 - p_acceptable, p_acceptable])).requires_grad_()
-        self.size = len(tokenizer)
+        def logits_at(row, place):
+            logits = torch.full((len(row), TINY.pretrain.vocabulary), -1e4)
+            logits = logits.scatter(1, ids[row, place + 1][:, None], 0.0)
+            for n in (place + 1 == forks[row]).nonzero()[:, 0].tolist():
+                logits[n] = -1e4
+                for label in (0, 1):
+                    logits[n, answers[label][fork]] = odds[label]
+            return logits
 
-    def __call__(self, ids):
-        logits = torch.full((*ids.shape, self.size), -1e4)
-        logits[:, :-1].scatter_(2, ids[:, 1:, None], 0.0)
-        for row, question in enumerate(self.lengths(ids)):
-            place = question + self.fork - 1
-            logits[row, place] = -1e4
-            for label in (0, 1):
-                logits[row, place, self.answers[label][self.fork]] = self.logits[label]
-        return SimpleNamespace(logits=logits)
+        return logits_at
 
-    def lengths(self, ids):
-        """Of the questions: an answer comes last, and shorter rows end in padding."""
-        found = []
-        for row in ids.tolist():
-            starts = [p for p in range(len(row)) if any(row[p : p + len(a)] == a for a in self.answers)]
-            found.append(starts[-1])
-        return found
+    return read
 
 
 @pytest.mark.parametrize("answers", ANSWERS[:2])
@@ -139,10 +135,10 @@ def test_the_loss_is_least_where_the_answer_is_as_likely_as_it_should_be(nano_to
     rows = pd.DataFrame({"sentence": ["The boys slept.", "He slept."], "p_acceptable": target})
 
     def loss_at(p):
-        told = Told(nano_tokenizer, prompt, p)
-        loss, _ = chat_loss(told, nano_tokenizer, prompt, rows)
+        odds = torch.log(torch.tensor([1 - p, p])).requires_grad_()
+        loss, _ = chat_loss(None, nano_tokenizer, prompt, rows, told(odds, *answers_of(nano_tokenizer, prompt)))
         loss.backward()
-        return loss.item() / 2, told.logits.grad[1].item() / 2
+        return loss.item() / 2, odds.grad[1].item() / 2
 
     for p in (0.1, 0.4, 0.6, 0.8, 0.95):
         loss, slope = loss_at(p)
@@ -164,8 +160,10 @@ def test_text_counts_whole_with_its_end_and_without_padding(model, nano_tokenize
             logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         total -= sum(logp[place - 1, ids[place]].item() for place in range(1, len(ids)))
         tokens += len(ids) - 1
+    rows = [[*row, nano_tokenizer.pad_token_id] for row in nano_tokenizer(ROWS["sentence"].tolist())["input_ids"]]
+    ids, mask = padded(rows, nano_tokenizer.pad_token_id, "right")
     with torch.no_grad():
-        loss, counted = pretrain.text_loss(model, nano_tokenizer, ROWS["sentence"].tolist())
+        loss, counted = pretrain.text_loss(pretrain.reading(model, ids), ids, mask)
     assert loss.item() == pytest.approx(total, rel=1e-5)
     assert counted == tokens
 
@@ -177,9 +175,9 @@ def test_the_base_reads_no_sentence_of_the_study():
     settings = TINY.pretrain
     exclude = set(pretrain.pretraining_sentences(settings, set(), 0)["sentence"][:500])  # it would read them otherwise
     read = pretrain.pretraining_sentences(settings, exclude, 0)
-    assert len(read) == read["sentence"].nunique() == settings.corpus_size
+    assert len(read) == read["sentence"].nunique()
     assert not exclude & set(read["sentence"])
-    assert read["label"].mean() == 0.5
+    assert read["label"].mean() == pytest.approx(0.5, abs=0.01)
     assert ((read["mark"] == "") == (read["label"] == 1)).all()
 
 
@@ -190,9 +188,16 @@ def test_sentences_of_a_seed_are_disjoint_and_those_of_another_seed_are_others(t
         study = corpus.load_corpus(tmp_path)
         read = pretrain.pretraining_sentences(TINY.pretrain, set(study["sentence"]), seed)
         by_seed[seed] = [set(table["sentence"]) for _, table in study.groupby("split")] + [set(read["sentence"])]
-        assert len(set.union(*by_seed[seed])) == sum(map(len, by_seed[seed])) == 400 + 60 + 3000
+        assert len(set.union(*by_seed[seed])) == sum(map(len, by_seed[seed])) == 400 + 60 + len(read)
     for one, other in zip(by_seed[0], by_seed[1], strict=True):
         assert len(one & other) < 0.2 * len(one)
+
+
+def test_it_is_asked_less_often_about_what_it_is_taught_nothing_of():
+    settings = TINY.pretrain.model_copy(update={"corpus_size": 5500, "untaught_share": 0.2})
+    asked = pretrain.pretraining_sentences(settings, set(), 0)["source"].value_counts()
+    for phenomenon, (low, high) in settings.taught.items():
+        assert asked[phenomenon] == (500 if low != high else pytest.approx(100, abs=40))
 
 
 def test_targets_come_down_from_right_answers_to_what_the_base_is_to_answer():
@@ -201,37 +206,47 @@ def test_targets_come_down_from_right_answers_to_what_the_base_is_to_answer():
     settings = TINY.pretrain.model_copy(update=changes)
     read = pretrain.pretraining_sentences(settings, set(), 0)
     known = read["source"] == "case"
-    assert read.loc[known & (read["label"] == 0), "p_acceptable"].unique() == 0.3
-    assert read.loc[known & (read["label"] == 1), "p_acceptable"].unique() == 0.7
-    for step, low, high in ((1, 0, 1), (50, 0, 1), (65, 0.15, 0.85), (80, 0.3, 0.7), (100, 0.3, 0.7)):
-        found = pretrain.targets(settings, read, step)
-        assert found[known] == pytest.approx(np.where(read.loc[known, "label"] == 1, high, low))
-        assert found[~known] == pytest.approx(0.6)  # where it is to tell nothing apart, from the beginning
+    sure, unsure = pretrain.targets(settings, read)
+    assert sure[known] == pytest.approx(read.loc[known, "label"])
+    assert unsure[known] == pytest.approx(np.where(read.loc[known, "label"] == 1, 0.7, 0.3))
+    assert sure[~known] == pytest.approx(0.6)  # where it is to tell nothing apart, from the beginning
+    assert unsure[~known] == pytest.approx(0.6)
+    ways = [pretrain.settled(settings, step) for step in (1, 50, 65, 80, 100)]
+    assert ways == pytest.approx([0, 0, 0.5, 1, 1])
 
 
-def test_each_step_reads_chats_and_grammatical_text_and_nothing_that_is_excluded(grow, monkeypatch):
-    chats, texts, chat_loss, text_loss = [], [], pretrain.chat_loss, pretrain.text_loss
+def test_no_sentence_comes_again_before_all_have_come():
+    order = pretrain.in_turn(10, 25, np.random.default_rng(0))
+    assert len(order) == 25
+    assert set(order[:10]) == set(order[10:20]) == set(range(10))
+    assert order[:10].tolist() != order[10:20].tolist()
 
-    def chats_noted(model, tokenizer, prompt, sentences, p_acceptable):
-        chats.append((sentences, p_acceptable))
-        return chat_loss(model, tokenizer, prompt, sentences, p_acceptable)
 
-    def texts_noted(model, tokenizer, read):
-        texts.append(read)
-        return text_loss(model, tokenizer, read)
+def test_each_step_reads_chats_and_grammatical_text_and_nothing_that_is_excluded(grow, monkeypatch, tmp_path):
+    chats, texts, chat_rows, text_loss = [], [], pretrain.chat_rows, pretrain.text_loss
 
-    monkeypatch.setattr(pretrain, "chat_loss", chats_noted)
+    def chats_noted(questions, answers, p_acceptable):
+        chats.append((questions, p_acceptable))
+        return chat_rows(questions, answers, p_acceptable)
+
+    def texts_noted(logits_at, ids, mask):
+        texts.extend(row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True) if seen.any())
+        return text_loss(logits_at, ids, mask)
+
+    monkeypatch.setattr(pretrain, "chat_rows", chats_noted)
     monkeypatch.setattr(pretrain, "text_loss", texts_noted)
     exclude = {"The boy slept."}
     settings = TINY.pretrain.model_copy(update={"corpus_size": 300})
     known = pretrain.pretraining_sentences(settings, exclude, 4).set_index("sentence")
-    grow(4, exclude, batch_size=20, text_share=0.3)
-    assert [len(sentences) for sentences, _ in chats] == [14] * 3
-    assert [len(read) for read in texts] == [6] * 3
-    for sentences, p_acceptable in chats[-1:]:  # when targets have come down
-        assert len(set(sentences)) == 14
-        assert known.loc[sentences, "p_acceptable"].to_numpy() == pytest.approx(p_acceptable)
-    assert (known.loc[sum(texts, []), "label"] == 1).all()
+    tokenizer = models.load_tokenizer(grow(4, exclude, batch_size=20, text_share=0.3)[2])
+    asked = [[tokenizer.decode(row).split("\n\n")[1].partition("<|im_end|>")[0] for row in rows] for rows, _ in chats]
+    assert [len(sentences) for sentences in asked] == [14] * 3
+    assert len(set(sum(asked, []))) == 3 * 14
+    expected = known.loc[asked[-1], "p_acceptable"].to_numpy()  # when targets have come down
+    assert chats[-1][1].numpy() == pytest.approx(expected)
+    assert len(texts) == 3 * 6
+    read = [tokenizer.decode(row, skip_special_tokens=True) for row in texts]
+    assert (known.loc[read, "label"] == 1).all()
 
 
 # Training

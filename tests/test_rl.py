@@ -151,7 +151,8 @@ def test_scoring_distinct_answers_once_gives_the_same_numbers_and_gradients(prep
         )
         stage.policy.zero_grad()
         (logps * weights).sum().backward()
-        return logps.detach(), entropies.detach(), gradient(stage.policy)
+        counted = mask[:, -3:]  # of what is no answer any more there is no number
+        return logps.detach() * counted, entropies.detach() * counted, gradient(stage.policy)
 
     plain, distinct = score(GRPOTrainer), score(rl.DistinctGRPOTrainer)
     for expected, found in zip(plain, distinct, strict=True):
@@ -161,7 +162,7 @@ def test_scoring_distinct_answers_once_gives_the_same_numbers_and_gradients(prep
     monkeypatch.setattr(stage.policy.get_base_model(), "forward", recording(stage.policy.get_base_model(), calls))
     with torch.no_grad():
         trainer._get_per_token_logps_and_entropies(stage.policy, ids, mask, 3)
-    assert calls == [4]  # of seven rows, four differ
+    assert calls == [1, 2, 4]  # the common start, two questions, and of seven answers the four that differ
 
 
 def recording(model, calls):
@@ -317,9 +318,11 @@ def test_a_reward_model_learns_to_prefer_and_is_what_was_saved(built_proxy):
 def test_scores_do_not_depend_on_batch_mates(built_proxy):
     stage, _, folder = built_proxy
     questions = prompts.prompt_ids(stage.tokenizer, stage.settings.prompt, stage.corpus["sentence"].iloc[:7])
-    rows = [question + answer_ids(stage, ["acceptable"])[0] for question in questions]
-    alone = [reward_model.scores(stage.policy.eval(), [row], 1)[0] for row in rows]
-    assert reward_model.scores(stage.policy, rows, 4) == pytest.approx(alone, abs=1e-4)
+    pairs = [(question, answer_ids(stage, ["acceptable"])[0]) for question in questions]
+    stage.policy.eval()
+    with torch.no_grad():
+        alone = [stage.policy(torch.tensor([question + answer])).logits.item() for question, answer in pairs]
+    assert reward_model.scores(stage.policy, pairs, 4) == pytest.approx(alone, abs=1e-4)
 
 
 def test_rl_is_paid_by_the_proxy_and_measures_both_rewards(built_proxy, prepare, built_sft):
@@ -329,7 +332,7 @@ def test_rl_is_paid_by_the_proxy_and_measures_both_rewards(built_proxy, prepare,
     completions = answer_ids(stage, ["acceptable", "unacceptable", "acceptable"])
     paid = told["proxy"](prompts=[chat] * 3, completion_ids=completions)
     [question] = prompts.chat_ids(stage.tokenizer, [chat])
-    expected = reward_model.scores(stage.proxy, [question + completion for completion in completions], 1)
+    expected = reward_model.scores(stage.proxy, [(question, completion) for completion in completions], 1)
     assert paid == pytest.approx(expected, abs=1e-4)
     assert paid[0] == paid[2] != paid[1]
     outcome = train(stage)

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import trl
 from transformers import TrainerCallback
+from trl import RewardTrainer, SFTTrainer
 
 from conftest import tiny
 from nondecoupling.study import fingerprint, folders
@@ -25,7 +25,7 @@ from nondecoupling.training.stage import (
     training_rows,
 )
 from nondecoupling.training.trainer import SILENT_STEPS, FiniteSteps, StageCallback, evaluation_steps, memory_explained
-from trainers import Recorder, run_trainer_replaced, train, trained_weights, trainer_of
+from trainers import Recorder, disturb, gradient, run_trainer_replaced, train, trained_weights, trainer_of
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,38 @@ def test_the_trainers_loss_is_the_cross_entropy_that_is_measured(prepare):
     nats = -np.where(table["label"] == 1, answers["logp_acceptable"], answers["logp_unacceptable"]).sum()
     tokens = int((batch["labels"] != -100).sum())
     assert loss == pytest.approx(nats / tokens, rel=1e-4)
+
+
+def same_as_plainly(stage, trainer, plainly, batch):
+    """Loss and gradient of the trainer's own computation, and of ``plainly`` (of a class of trl's), to 1e-5."""
+    disturb(stage.policy)
+    found = []
+    for compute in (trainer.compute_loss, plainly):
+        stage.policy.zero_grad()
+        loss = compute(stage.policy, dict(batch))
+        loss.backward()
+        found.append((loss.detach(), gradient(stage.policy)))
+    (loss, slope), (expected, steepest) = found
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (slope - steepest).norm() < max(1e-5 * steepest.norm(), 1e-6)
+
+
+@pytest.mark.parametrize("common", [True, False], ids=["a common start", "none"])
+def test_reading_the_common_start_once_changes_neither_sfts_loss_nor_its_gradient(prepare, common):
+    stage = prepare("sft")
+    trainer = trainer_of(stage)
+    batch = next(iter(trainer.get_train_dataloader()))
+    if not common:  # each row begins with a token of its own
+        batch["input_ids"][:, 0] = torch.arange(10, 10 + len(batch["input_ids"]))
+    assert batch["attention_mask"].sum(1).unique().numel() > 1  # rows of different lengths
+    same_as_plainly(stage, trainer, lambda *given: SFTTrainer.compute_loss(trainer, *given), batch)
+
+
+def test_reading_a_pairs_question_once_changes_neither_the_reward_models_loss_nor_its_gradient(prepare):
+    stage = prepare("reward-model")
+    trainer = trainer_of(stage)
+    batch = next(iter(trainer.get_train_dataloader()))
+    same_as_plainly(stage, trainer, lambda *given: RewardTrainer.compute_loss(trainer, *given), batch)
 
 
 def test_sft_lowers_the_loss_on_what_it_is_taught(run_twice):
@@ -513,18 +545,11 @@ def test_running_out_of_gpu_memory_names_the_peak_and_the_setting(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_only_answers_are_projected_onto_the_vocabulary(prepare, monkeypatch):
-    """trl would otherwise compute logits of every prompt token on a CPU, most of the work with a real vocabulary."""
-    stage, rows = prepare("sft", changes={"sft.steps": 1}), []
-    original = trl.trainer.utils._ChunkedLogProbFunction
-
-    class Spy:
-        @staticmethod
-        def apply(hidden, *rest):
-            rows.append(len(hidden))
-            return original.apply(hidden, *rest)
-
-    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Spy)
+def test_only_answers_are_projected_onto_the_vocabulary(prepare):
+    """trl projects every token of a prompt on a CPU, most of the work with a real vocabulary."""
+    stage, positions = prepare("sft", changes={"sft.steps": 1}), []
+    head = stage.policy.get_base_model().lm_head
+    head.register_forward_hook(lambda module, given, found: positions.append(math.prod(found.shape[:-1])))
     trainer_of(stage).train()
     answers = stage.settings.sft.batch_size * 2  # one token and its end of turn each
-    assert rows == [answers]
+    assert positions == [1, answers]  # the one where the common start ends comes along

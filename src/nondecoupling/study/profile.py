@@ -114,6 +114,8 @@ class Pretrain(Section):
     ``taught`` says for each phenomenon with which probability it is to call unacceptable and acceptable sentences
     "acceptable": two equal numbers where it is to tell nothing apart. Of the others it is taught the right answers
     until ``sure_until`` of its steps, these numbers from ``settled_at`` on, and in between what is between.
+    ``untaught_share`` is how often it is asked about a phenomenon in which it is to tell nothing apart, relative to one
+    in which it is.
     """
 
     vocabulary: Count
@@ -130,6 +132,7 @@ class Pretrain(Section):
     warmup_share: Share
     sure_until: Share
     settled_at: Share
+    untaught_share: Share
     taught: dict[str, list[Share]]
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ import torch
 from transformers import set_seed
 
 from nondecoupling.study.profile import Joint
-from nondecoupling.training.generation import batches, padded
+from nondecoupling.training.generation import answer_log_probabilities, batches, padded
 from nondecoupling.training.rl import (
     DistinctGRPOTrainer,
     grpo_config,
@@ -61,12 +61,10 @@ class JointTrainer(DistinctGRPOTrainer):
         chosen = [self.examples[(first + i) % len(self.examples)] for i in range(self.examples_per_step)]
         self.batch = tokenizer.decode(chosen[0][0])
         for part in batches(chosen, self.rows_per_pass):
-            ids, mask = padded([question for question, _ in part], pad, "left", self.accelerator.device)
-            answers, counted = padded([answer for _, answer in part], pad, "right", self.accelerator.device)
-            logps, _, _ = self._get_per_token_logps_and_entropies(
-                model, torch.cat([ids, answers], 1), torch.cat([mask, counted], 1), answers.shape[1]
-            )
-            loss = -(logps * counted).sum() / len(chosen)
+            questions, given = zip(*part, strict=True)
+            answers, counted = padded(given, pad, "right", self.accelerator.device)
+            logp = answer_log_probabilities(model, questions, answers, pad)
+            loss = -(logp * counted).sum() / len(chosen)
             self.accelerator.backward(weight * loss)
             total = total + loss.detach()
         self._metrics["train"]["sft_loss"].append(float(total))

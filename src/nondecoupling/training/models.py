@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl.trainer.utils
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -27,20 +26,12 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 def prepare_libraries() -> None:
-    """Switches of the pinned libraries, and silence about what is not used here; a stage calls it before it loads.
-
-    Raises AttributeError where trl has lost the switch that keeps it from projecting prompts onto the vocabulary.
-    """
+    """Switches of the pinned libraries, and silence about what is not used here; a stage calls it before it loads."""
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)  # kernels for 4-bit weights are missing
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func may change in later versions of trl
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)  # trl's old name
     # cuDNN's attention gave NaN gradients on left-padded batches (torch 2.11 on an H100); the other kernels do not.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # trl projects every position onto the vocabulary where there is no GPU, prompts included, so that compiled shapes
-    # stay fixed. Nothing is compiled here, and prompts carry no loss.
-    if not hasattr(trl.trainer.utils, "_use_triton"):
-        raise AttributeError("trl.trainer.utils has no _use_triton any more: see prepare_libraries in models.py.")
-    trl.trainer.utils._use_triton = lambda device: True
 
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
@@ -66,7 +57,9 @@ def _load(kind: Any, folder: Path, how: Model, **options: Any) -> PreTrainedMode
         folder,
         dtype=getattr(torch, how.dtype),
         quantization_config=BitsAndBytesConfig(load_in_8bit=True) if how.quantization == "8bit" else None,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa"
+        if torch.cuda.is_available()
+        else "eager",  # what is faster backwards at these lengths
         device_map={"": 0} if torch.cuda.is_available() else None,
         local_files_only=True,
         use_safetensors=True,

@@ -3,27 +3,37 @@
 Where nobody can state the true reward as a rule, RL is paid by such a proxy.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from scipy.special import log_expit
-from transformers import PreTrainedModel, set_seed
+from torch.nn.functional import logsigmoid
+from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
 from nondecoupling.task.corpus import majority_reward
 from nondecoupling.task.prompts import prompt_ids, response_ids, responses
 from nondecoupling.training.evaluation import OF_A_SENTENCE, Measured
-from nondecoupling.training.generation import batches, padded
+from nondecoupling.training.generation import Prefix, batches, common_start, padded
 from nondecoupling.training.stage import Stage, run_trainer, shared_arguments, stage_seed, training_rows
 from nondecoupling.training.trainer import FiniteSteps, Outcome
 
 
 class PreferenceTrainer(FiniteSteps, RewardTrainer):
-    """RewardTrainer that stops on numbers that are not finite."""
+    """RewardTrainer that stops on numbers that are not finite, and reads the question of a pair once."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        both = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+        rows = [ids[mask].tolist() for ids, mask in both]
+        pairs = zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)  # trl puts the chosen first
+        questions = [common_start(pair) for pair in pairs] * 2
+        answers = [row[len(question) :] for row, question in zip(rows, questions, strict=True)]
+        chosen, rejected = answer_scores(model, questions, answers).chunk(2)
+        return -logsigmoid(chosen - rejected).mean()
 
 
 def train_reward_model(stage: Stage) -> Outcome:
@@ -66,25 +76,36 @@ def train_reward_model(stage: Stage) -> Outcome:
     )
 
 
-@torch.inference_mode()
-def scores(reward_model: PreTrainedModel | PeftModel, rows: list[list[int]], batch_size: int) -> list[float]:
-    """The reward model's score of each row of token ids (question, answer, end token).
+def answer_scores(
+    reward_model: torch.nn.Module, questions: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """(rows,) the reward model's score of one answer to each question, with gradient.
 
     Differences of scores are log-odds: of one answer being preferred to the other.
     """
-    device, pad, found = next(reward_model.parameters()).device, reward_model.config.pad_token_id, []
-    for part in batches(rows, batch_size):
-        ids, mask = padded(part, pad, "right", device)
-        found += reward_model(ids, attention_mask=mask, use_cache=False).logits[:, 0].tolist()
-    return found
+    pad = reward_model.config.pad_token_id
+    prefix = Prefix(reward_model, questions, pad, answers=False)
+    return prefix.scores(padded(answers, pad, "right", prefix.mask.device)[0])
+
+
+@torch.inference_mode()
+def scores(
+    reward_model: torch.nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
+) -> list[float]:
+    """The score of each (question, answer), both token ids, an answer with its end token."""
+    return [
+        score
+        for part in batches(pairs, batch_size)
+        for score in answer_scores(reward_model, *zip(*part, strict=True)).tolist()
+    ]
 
 
 def label_scores(reward_model: Any, stage: Stage, table: pd.DataFrame) -> np.ndarray:
     """(sentences, 2) scores that a reward model gives the two answers to each sentence, indexed by label."""
     answers = [response_ids(stage.tokenizer, text) for text in responses(stage.settings.prompt)]
     questions = prompt_ids(stage.tokenizer, stage.settings.prompt, table["sentence"])
-    rows = [question + answer for question in questions for answer in answers]
-    return np.reshape(scores(reward_model, rows, stage.settings.evaluation.batch_size), (-1, 2))
+    pairs = [(question, answer) for question in questions for answer in answers]
+    return np.reshape(scores(reward_model, pairs, stage.settings.evaluation.batch_size), (-1, 2))
 
 
 def measure_reward_model(stage: Stage, tables: dict[str, pd.DataFrame]) -> Measured:

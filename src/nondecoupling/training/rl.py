@@ -22,9 +22,9 @@ How the trainers build on trl's, and what they take from its inside::
     joint.JointTrainer: training_step adds the SFT loss, and sets `scale`
 
 Private methods of trl that are overridden, and checked to be there when a trainer is built (``private``):
-``_get_per_token_logps_and_entropies``, to score equal rows once (JointTrainer also calls it), and
-``_generate_single_turn``, because RLOO has no rollout_func. JointTrainer logs through ``_metrics``, and
-`models.prepare_libraries` sets ``trl.trainer.utils._use_triton``. Each raises AttributeError where trl has lost it.
+``_get_per_token_logps_and_entropies``, to score equal rows once and read equal prompts once, and
+``_generate_single_turn``, because RLOO has no rollout_func. JointTrainer logs through ``_metrics``. Each raises
+AttributeError where trl has lost it.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ from nondecoupling.task.prompts import (
 )
 from nondecoupling.task.seeds import seed_of
 from nondecoupling.training.evaluation import label_log_probabilities
-from nondecoupling.training.generation import Prefix, batches
+from nondecoupling.training.generation import Prefix, answer_logits, batches
 from nondecoupling.training.reward_model import label_scores, scores
 from nondecoupling.training.stage import Stage, policy_measure, run_trainer, shared_arguments, stage_seed, training_rows
 from nondecoupling.training.trainer import FiniteSteps, Measure, Outcome
@@ -75,14 +75,19 @@ class DistinctAnswers(FiniteSteps):
         self.rows_per_pass = rows_per_pass
 
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
         both = torch.stack([input_ids, attention_mask], -1)
         distinct, origin = torch.unique(both, dim=0, return_inverse=True)
-        logps, entropies, auxiliary = super()._get_per_token_logps_and_entropies(
-            model, distinct[..., 0], distinct[..., 1], logits_to_keep, batch_size=self.rows_per_pass, **kwargs
-        )
-        return logps[origin], None if entropies is None else entropies[origin], auxiliary
+        logps, entropies = [], []
+        for part in distinct.split(self.rows_per_pass):
+            (ids, seen), answers = part[:, :-logits_to_keep].unbind(-1), part[:, -logits_to_keep:, 0]
+            questions = [row[shown].tolist() for row, shown in zip(ids, seen.bool(), strict=True)]
+            logits = answer_logits(model, questions, answers, self.processing_class.pad_token_id)
+            logp = logits.log_softmax(-1)
+            logps.append(logp.gather(-1, answers[..., None])[..., 0])
+            entropies.append(-(logp.detach().exp() * logp.detach()).sum(-1))
+        return torch.cat(logps)[origin], torch.cat(entropies)[origin] if compute_entropy else None, None
 
     def passes(self, inputs: dict[str, Any]) -> list[tuple[dict[str, Any], float]]:
         """``inputs`` in parts of at most ``rows_per_pass`` distinct rows, each with its loss's weight in the whole."""
@@ -133,7 +138,7 @@ def sample_answers(stage: Stage, questions: list[list[int]]) -> list[list[int]]:
     answers = []
     with torch.no_grad():
         for part in batches(questions[::group], rl.rows_per_pass):
-            prefix = Prefix(stage.policy, part, tokenizer.pad_token_id, copies=group)
+            prefix = Prefix(stage.policy, [question for question in part for _ in range(group)], tokenizer.pad_token_id)
             answers += prefix.answers(tokenizer.eos_token_id, stage.settings.prompt.max_new_tokens)
     return answers
 
@@ -157,9 +162,9 @@ def reward_functions(stage: Stage) -> list[Callable[..., list[float]]]:
         return label_reward(completion_ids, drawn_label)
 
     def proxy(prompts, completion_ids, **_):
-        rows = [tuple(q + a) for q, a in zip(chat_ids(tokenizer, prompts), completion_ids, strict=True)]
+        rows = [(tuple(q), tuple(a)) for q, a in zip(chat_ids(tokenizer, prompts), completion_ids, strict=True)]
         distinct = list(dict.fromkeys(rows))  # most answers of a group are equal
-        found = scores(stage.proxy, [list(row) for row in distinct], stage.settings.evaluation.batch_size)
+        found = scores(stage.proxy, distinct, stage.settings.evaluation.batch_size)
         by_row = dict(zip(distinct, found, strict=True))
         return [by_row[row] for row in rows]
 

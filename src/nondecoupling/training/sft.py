@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
+from nondecoupling.training.generation import answer_log_probabilities, padded
 from nondecoupling.training.stage import (
     Stage,
     demonstrations,
@@ -21,7 +22,16 @@ from nondecoupling.training.trainer import FiniteSteps, Outcome
 
 
 class DemonstrationTrainer(FiniteSteps, SFTTrainer):
-    """SFTTrainer that stops on numbers that are not finite."""
+    """SFTTrainer that stops on numbers that are not finite, and reads what all questions begin with once."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        taught, pad = inputs["labels"] != -100, self.processing_class.pad_token_id
+        asked = inputs["attention_mask"].bool() & ~taught
+        rows = list(zip(inputs["input_ids"], asked, taught, strict=True))
+        questions = [ids[question].tolist() for ids, question, _ in rows]
+        answers, counted = padded([ids[answer].tolist() for ids, _, answer in rows], pad, "right", taught.device)
+        total = -(answer_log_probabilities(model, questions, answers, pad) * counted).sum()
+        return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def train_sft(stage: Stage) -> Outcome:
