@@ -38,6 +38,16 @@ def test_steps_are_timed_without_the_first_run_and_without_evaluations():
     assert costs == {}
 
 
+def test_the_median_of_the_rounds_counts_and_a_failure_is_not_hidden():
+    rounds = [{"rl_seconds_per_step": x, "rl_answers_per_step": 16} for x in (0.2, 9.0, 0.1)]
+    assert bench.median_of(rounds) == {
+        "rl_seconds_per_step": 0.2,
+        "rl_answers_per_step": 16,
+        "spread": {"rl_seconds_per_step": [0.1, 9.0]},
+    }
+    assert bench.median_of([*rounds, {"failed": "why"}]) == {"failed": "why"}
+
+
 class Obstacle:
     """Does ``function(argument)`` in a process that is given this."""
 
