@@ -12,8 +12,8 @@ SET     ?=
 RANDOM_WEIGHTS ?=
 # Empty: this machine. local, or the address of a running scheduler: a Dask cluster.
 SCHEDULER ?=
-# Studies of real models share one GPU, or all cores, among their runs one after the other.
-JOBS    ?= $(if $(filter nano tiny,$(PROFILE)),$(shell nproc 2>/dev/null || echo 2),1)
+# On processors runs are side by side with a thread each; studies of real models share a GPU one after the other.
+JOBS    ?= $(if $(and $(wildcard /dev/nvidia0),$(filter-out nano tiny,$(PROFILE))),1,$(shell nproc 2>/dev/null || echo 2))
 
 # A misspelt option would start another study than the one that was meant.
 GIVEN   := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
@@ -41,7 +41,7 @@ HOW      = --scheduler=$(call quoted,SCHEDULER) --jobs='$(subst ','\'',$(JOBS))'
 WORKFLOW = $(PYTHON) -m nondecoupling.workflow
 KERNELS  = JUPYTER_PATH='$(subst ','\'',$(CURDIR))/src/nondecoupling/workflow/jupyter'
 
-TARGETS := FORCE help setup reproduce controls betas everything seeds study theory sweep list bench smollm2 lab test lint \
+TARGETS := FORCE help setup reproduce controls betas everything seeds study theory sweep list bench score smollm2 lab test lint \
            verify report reference notebooks clean
 .PHONY: $(TARGETS)
 
@@ -86,6 +86,9 @@ lab: $(READY) ## open JupyterLab on the notebooks, explore.ipynb first
 
 bench: $(READY) ## time and memory of PROFILE here (RANDOM_WEIGHTS=1: no hub)
 	@$(WORKFLOW) bench $(STUDY) $(if $(RANDOM_WEIGHTS),--random-weights)
+
+score: $(READY) ## lm-evaluation-harness on finished policies, beside our numbers
+	@$(WORKFLOW) score $(STUDY)
 
 smollm2: $(READY) ## make models/smollm2, a real model for MODEL=: 1 min
 	@$(WORKFLOW) smollm2 --target=models/smollm2

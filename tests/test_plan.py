@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from nondecoupling.study.plan import one_per_beta
 from nondecoupling.study.study import PROFILES, changed_settings, load_study, parse_overrides
 
 NAMES = sorted(path.stem for path in PROFILES.glob("*.yaml"))
@@ -65,6 +66,22 @@ def test_runs_that_go_on_are_whole_stages_of_their_own():
     for name, parent in (("sft-again", "sft"), ("sft-rl-sft", "sft-rl")):
         run = study.run(name)
         assert (run.stage, run.parent, run.changes) == ("sft", parent, {})
+
+
+def test_where_steps_are_dear_each_other_beta_is_run_once():
+    study = load_study("laptop")
+    swept = study.runs_of("sweep")
+    assert [run.name for run in swept] == ["sft-rl-b1", "sft-rl-b0.25"]
+    assert {study.settings_of(run).rl.steps for run in swept} == {study.profile.rl.steps}
+    assert one_per_beta(study.runs) == swept
+    nano = [run.name for run in one_per_beta(load_study("nano").runs)]
+    assert nano == [f"sft-rl-b{beta}" for beta in ("5", "2", "1", "0.5", "0.25", "0.1", "0.05")]
+
+
+def test_a_published_model_is_also_paid_for_what_it_says_in_sentences():
+    study = load_study("laptop")
+    assert study.settings_of(study.run("rl-robust")).rl.reward == "robust"
+    assert "rl-robust" not in [run.name for run in load_study("nano").runs]
 
 
 @pytest.mark.parametrize("profile", NAMES)

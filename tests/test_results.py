@@ -229,16 +229,15 @@ def test_committed_runs_are_beside_their_own_parents(reference):
         assert list(entry["parents"]) == study.run(name).parents
 
 
-def test_committed_bases_are_alike_and_know_what_they_are_to_be_sure_of(reference):
-    """Of what they are only to have a feeling for, some bases learn a part."""
+def test_committed_bases_are_alike_and_know_what_they_were_taught(reference):
     found = results.read_results(None, reference)
     base = found.final("base")
     for metric, width in (("sft_loss", 0.05), ("balanced_accuracy", 0.04)):
         assert (base[metric] - base[metric].mean()).abs().max() <= width
     assert base["label_mass"].min() > 0.99
-    sure = [name for name, (low, high) in found.study.profile.pretrain.taught.items() if low < 0.5 < high]
+    taught = [name for name, (low, high) in found.study.profile.pretrain.taught.items() if low != high]
     answers = found.answers[found.answers["run"] == "base"]
-    for (seed, source), part in answers[answers["source"].isin(sure)].groupby(["seed", "source"]):
+    for (seed, source), part in answers[answers["source"].isin(taught)].groupby(["seed", "source"]):
         assert measures.auroc(part) > 0.9, (seed, source)
 
 

@@ -40,7 +40,7 @@ from nondecoupling.analysis.statistics import (
     paired_test,
 )
 from nondecoupling.study.contracts import ClaimRow, OverSeeds, TheoryFile, Verdict
-from nondecoupling.study.plan import MAKES
+from nondecoupling.study.plan import MAKES, one_per_beta
 from nondecoupling.study.results import Results
 
 SIGNIFICANT = 0.05  # largest p, after Holm's correction, of a verdict other than inconclusive
@@ -362,9 +362,7 @@ def sweep_rows(results: Results, content: TheoryFile) -> Iterable[ClaimRow]:
     """T4: T2 at other betas, a row per beta of the plan; runs that are there to explain others have none."""
     notes = {True: "", False: "training had not settled", None: "whether training had settled is unknown"}
     entries = {entry["run"]: entry for entry in content["sweep"] or []}
-    for run in results.study.runs_of("sweep"):
-        if not run.half:
-            continue
+    for run in one_per_beta(results.study.runs):
         beta, steps = run.changes["rl.beta"], run.changes["rl.steps"]
         name, statement = f"T4-b{beta:g}", f"T2 at beta = {beta:g}, in {steps} steps"
         if run.name not in entries:

@@ -17,7 +17,7 @@ from nondecoupling.analysis.claims import interval_of, verdict_of_amount
 from nondecoupling.analysis.predictions import agreement_of, beta_at, label_log_odds, policies_of
 from nondecoupling.analysis.statistics import over_seeds
 from nondecoupling.study.contracts import Change, Crossing, CrossingPoint, OverSeeds, SweepEntry
-from nondecoupling.study.plan import Run
+from nondecoupling.study.plan import Run, one_per_beta
 from nondecoupling.study.profile import Rl
 from nondecoupling.study.results import Results
 
@@ -176,7 +176,7 @@ def crossing(results: Results) -> Crossing | None:
     Losses are claim A2's ``sft_loss``; predictions are closed forms. None where the sweep is not among the results.
     """
     study = results.study
-    runs = sorted((run for run in study.runs_of("sweep") if run.half), key=lambda run: -study.settings_of(run).rl.beta)
+    runs = sorted(one_per_beta(study.runs), key=lambda run: -study.settings_of(run).rl.beta)
     if not runs or not results.has(*(run.name for run in runs)):
         return None
     own = study.run("sft-rl")

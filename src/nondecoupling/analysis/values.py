@@ -5,6 +5,7 @@ import pandas as pd
 from nondecoupling.analysis.claims import GREEDY_UNCHANGED, by_seed, change_of, share_of_bound, values_of_claims
 from nondecoupling.analysis.controls import controls_of, joint_runs, values_of_controls, values_of_joint
 from nondecoupling.analysis.measures import greedy_share, label_loss, label_reward
+from nondecoupling.study.plan import one_per_beta
 from nondecoupling.study.results import Results
 
 
@@ -33,8 +34,8 @@ def values_of_theory(results: Results) -> dict[str, pd.Series]:
     found = {}
     if study.profile.rl.beta > 0:
         found = {"T2": change(label_loss, "sft-rl"), "T3": change(label_reward, "sft-rl")}
-    for run in study.runs_of("sweep"):
-        if run.half and results.has(run.name):
+    for run in one_per_beta(study.runs):
+        if results.has(run.name):
             found[f"T4-b{run.changes['rl.beta']:g}"] = change(label_loss, run.name)
     return found | {
         "T5": share_of_bound(results),

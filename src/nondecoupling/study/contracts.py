@@ -214,3 +214,17 @@ class TheoryFile(TypedDict):
     fixed_points: dict[str, Any]  # where each variant of GRPO comes to rest, for an example's q
     sweep: list[SweepEntry] | None  # None where the sweep was not run
     crossing: Crossing | None  # None where the sweep was not run
+
+
+class Score(TypedDict):
+    """A row of score.json: one policy on the dev sentences, judged by this project and by lm-evaluation-harness."""
+
+    run: str
+    seed: int
+    n: int  # sentences
+    accuracy: float  # of the likelier of the two answers
+    harness_accuracy: float
+    mcc: float
+    harness_mcc: float
+    offset: float  # mean log p, nats, of the white space that the harness moves from question to answer
+    difference: float  # largest distance, nats, of the two log-likelihoods of an answer, the offset taken off

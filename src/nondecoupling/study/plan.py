@@ -77,23 +77,34 @@ def rl_at(beta: float, name: str, steps: int, changes: dict[str, Any] | None = N
 
 
 def sweep(profile: Profile) -> list[Run]:
-    """RL after SFT at other prices of the KL, each beta for twice `sft-rl`'s steps and for as many.
+    """RL after SFT at other prices of the KL.
 
-    Where both end at the same place, training has converged.
+    Where ``sweep.doubled``, each beta is run for twice `sft-rl`'s steps and for as many: if both end at the same place,
+    training has converged.
     """
     rl, betas, runs = profile.rl, profile.sweep.betas, []
     for beta in betas:
         name = f"sft-rl-b{beta:g}"
-        if beta == rl.beta:
+        if not profile.sweep.doubled:
+            runs += [rl_at(beta, name, rl.steps)] if beta != rl.beta else []
+        elif beta == rl.beta:
             runs.append(rl_at(beta, name, 2 * rl.steps, half="sft-rl"))
         else:
             runs.append(rl_at(beta, name, 2 * rl.steps, half=f"{name}-half"))
             runs.append(rl_at(beta, f"{name}-half", rl.steps))
-    if 1.0 in betas and rl.normalisation == "none":  # GRPO's own normalisation, all else equal
+    if (
+        1.0 in betas and profile.sweep.doubled and rl.normalisation == "none"
+    ):  # GRPO's own normalisation, all else equal
         grpo = {"rl.normalisation": "group", "rl.algorithm": "grpo"}
         words = "divided" if rl.algorithm == "grpo" else "grpo, divided"
         runs.append(rl_at(1.0, "sft-rl-b1-group", 2 * rl.steps, grpo, instead=words))
     return runs
+
+
+def one_per_beta(runs: list[Run]) -> list[Run]:
+    """The sweep's runs among ``runs`` that differ in beta alone: no halves, and none that changes something else."""
+    swept = [run for run in runs if run.group == "sweep" and not run.instead]
+    return [run for run in swept if run.name not in {other.half for other in swept}]
 
 
 def controls(profile: Profile) -> list[Run]:
@@ -119,6 +130,8 @@ def controls(profile: Profile) -> list[Run]:
     if profile.data.generated:  # annotators who never disagree: only a generated corpus knows the truth
         add("sft-clean", "sft", "base", {"data.labels": "truth"})
         add("sft-rl-clean", "rl", "sft-clean", {"data.labels": "truth"})
+    elif rl.reward == "strict":  # a published model may answer in sentences, which a strict reward never pays
+        add("rl-robust", "rl", "base", {"rl.reward": "robust"}, curve=True)
     add("reward-model", "reward_model", "base", curve=True)
     add("rl-proxy", "rl", "base", {"rl.reward": "proxy"}, curve=True, proxy="reward-model")
     add("sft-rl-proxy", "rl", "sft", {"rl.reward": "proxy"}, curve=True, proxy="reward-model")

@@ -98,6 +98,13 @@ def bench(args: Arguments) -> None:
     run_bench(args.study, args.random_weights)
 
 
+def score(args: Arguments) -> None:
+    notebooks.quiet_environment(args.study, args.jobs)  # before the libraries that it is for are imported
+    from nondecoupling.workflow.score import write_scores
+
+    write_scores(args.study, args.seeds)
+
+
 def make_smollm2(args: Arguments) -> None:
     from nondecoupling.task import smollm2
 
@@ -119,6 +126,7 @@ ACTIONS: dict[str, Callable[[Arguments], None]] = {
     "reference": make_reference,
     "notebooks": lambda args: notebooks.renew_committed(args.study),
     "bench": bench,
+    "score": score,
     "smollm2": make_smollm2,
     "clean": clean,
 }

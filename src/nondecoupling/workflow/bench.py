@@ -262,7 +262,8 @@ def run_bench(study: Study, random_weights: bool) -> None:
     """Measure every configuration, write this machine's file, print the table and renew the README's."""
     from nondecoupling.workflow.reference import README, write_between
 
-    quiet_environment(study, jobs=1)  # the threads that the study's own runs have; before torch is imported
+    # The threads that the study's own runs have; before torch is imported.
+    quiet_environment(study, jobs=1 if Path("/dev/nvidia0").exists() else os.cpu_count() or 1)
     import torch
 
     from nondecoupling.analysis.tables import markdown_table

@@ -92,7 +92,7 @@ def publish_reference(found: Results, rules: pd.DataFrame, reference: Path) -> N
     answers = found.answers if found.study.profile.data.generated else found.answers.assign(sentence="")
     provenance: Any = without_paths(found.provenance)
     results.write_results(found._replace(folder=reference, answers=answers, provenance=provenance))
-    for name in (*(f"{summary}.json" for summary in SUMMARIES), "report.html"):
+    for name in (*(f"{summary}.json" for summary in SUMMARIES), "score.json", "report.html"):
         if (found.folder / name).exists():
             shutil.copy(found.folder / name, reference / name)
     for path in (found.folder / "figures").glob("*.png"):
