@@ -10,7 +10,7 @@ from nondecoupling.analysis.controls import controls_not_run
 from nondecoupling.analysis.statistics import Interval
 from nondecoupling.study import folders
 from nondecoupling.study.study import load_study
-from tables import MEASURED, SEEDS, costs_of, metrics_of, results_of
+from tables import MEASURED, SEEDS, costs_of, metrics_of, odds_of, policy, results_of
 
 
 @pytest.fixture
@@ -112,10 +112,26 @@ def test_states_are_means_over_seeds_and_count_collapses():
 
 
 def test_policies_are_named_for_readers():
-    table = tables.policies_table(metrics_of({"sft-rl": {}, "joint-m0.5": {"mcc": 0.1234}}))
-    assert table["policy"].tolist() == ["SFT → RL", "joint-m0.5"]
+    labels = [1, 1, 1, 0]
+    known = [policy("sft-rl", odds_of(0.9, labels), labels), policy("joint-m0.5", [2.0, 1.0, -1.0, 1.5], labels)]
+    metrics = metrics_of({"sft-rl": {}, "joint-m0.5": {"mcc": 0.1234, "predicted_acceptable_rate": [0.8, 0.8, 0.5]}})
+    table = tables.policies_table(results_of(load_study("nano"), known, metrics), "sft-rl", "joint-m0.5").set_index(
+        "policy"
+    )
+    assert table.index.tolist() == ["SFT → RL", "joint-m0.5"]
     assert table["MCC"].tolist() == ["0.600", "0.123"]
+    assert table["says it to"].tolist() == ["70%", "70%"]
+    assert table["AUROC"].tolist() == ["1.000", "0.333"]  # one of three acceptable sentences is above the other one
+    assert float(table.loc["SFT → RL", "best temperature"]) < 0.1  # it is right about all, and could be surer
     assert set(table["collapsed"]) == {"no"}
+
+
+def test_the_majority_answer_may_be_unacceptable():
+    labels = [1, 0, 0, 0]
+    results = results_of(
+        load_study("nano"), [policy("sft", 0.0, labels)], metrics_of({"sft": {"predicted_acceptable_rate": 0.1}})
+    )
+    assert tables.policies_table(results, "sft")["says it to"].tolist() == ["90%"]
 
 
 def sweep_entry(**changes):
@@ -186,7 +202,9 @@ def test_readme_parts_are_those_of_what_was_run(rows, tmp_path):
     study = load_study("nano")
 
     def parts(runs):
-        return tables.readme_parts(timed(results_of(study, metrics=metrics_of(runs), folder=tmp_path), {"sft": 10}))
+        answers = [policy(run, 0.5, [1, 1, 0]) for run in runs]
+        found = results_of(study, answers, metrics_of(runs), folder=tmp_path)
+        return tables.readme_parts(timed(found, {"sft": 10}))
 
     folders.write_json(tmp_path / "claims.json", rows + controls_not_run(study))
     folders.write_json(tmp_path / "theory.json", {"sweep": None, "who_pays": [], "crossing": None})

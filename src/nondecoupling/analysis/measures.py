@@ -78,6 +78,11 @@ def best_temperature(log_odds: ArrayLike, labels: ArrayLike) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
+def temperature_of_least_loss(answers: pd.DataFrame) -> float:
+    """`best_temperature` of a policy on all its sentences: 1 is calibrated, more is overconfident."""
+    return best_temperature(label_log_odds(answers), answers["label"])
+
+
 def recalibrated(answers: pd.DataFrame) -> NDArray[np.float64]:
     """A policy's log-odds, each half of its sentences at the `best_temperature` of the other half, (sentences,)."""
     log_odds, labels = label_log_odds(answers), answers["label"].to_numpy()

@@ -8,6 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from nondecoupling.analysis.collapse import is_collapsed
+from nondecoupling.analysis.measures import auroc, temperature_of_least_loss
 from nondecoupling.analysis.statistics import interval_text, shown
 from nondecoupling.study.contracts import ClaimRow, SweepEntry, TheoryFile
 from nondecoupling.study.plan import NAMES, STATES
@@ -21,8 +22,10 @@ POLICY_COLUMNS = {
     "reward_exact": "reward, sampled",
     "reward_greedy": "reward, greedy",
     "majority_reward": "majority answer",
-    "balanced_accuracy": "balanced accuracy",
+    "majority_share": "says it to",
     "mcc": "MCC",
+    "auroc": "AUROC",
+    "temperature": "best temperature",
     "collapsed": "collapsed",
 }
 
@@ -88,10 +91,20 @@ def states_table(metrics: pd.DataFrame) -> pd.DataFrame:
     return means
 
 
-def policies_table(metrics: pd.DataFrame) -> pd.DataFrame:
-    """What tells a skill from a collapse for each policy of ``metrics``, as text."""
-    states = states_table(metrics)[list(POLICY_COLUMNS)]
-    text = states.map(lambda value: value if isinstance(value, str) else f"{value:.3f}")
+def policies_table(results: Results, *runs: str) -> pd.DataFrame:
+    """What tells a skill from a collapse, and a calibrated policy from a sharp one, for each of ``runs``, as text.
+
+    How often the likelier answer is the majority label's, how well log-odds rank sentences, and the temperature at
+    which the policy's loss is least: 1 is calibrated, more is overconfident. Means over seeds.
+    """
+    metrics, states = results.final(*runs), states_table(results.final(*runs))
+    majority = (results.answers.groupby("seed")["label"].mean() > 0.5).loc[metrics["seed"]].to_numpy()
+    rate = metrics["predicted_acceptable_rate"]
+    states["majority_share"] = rate.where(majority, 1 - rate).groupby(metrics["run"]).mean().map("{:.0%}".format)
+    answers = {(run, seed): results.answers_of(run, seed) for run in states.index for seed in results.seeds}
+    for name, measure in (("auroc", auroc), ("temperature", temperature_of_least_loss)):
+        states[name] = pd.Series({key: measure(table) for key, table in answers.items()}).groupby(level=0).mean()
+    text = states[list(POLICY_COLUMNS)].map(lambda value: value if isinstance(value, str) else f"{value:.3f}")
     return text.rename(columns=POLICY_COLUMNS, index=NAMES).rename_axis("policy").reset_index()
 
 
@@ -181,12 +194,12 @@ def readme_parts(results: Results) -> dict[str, str]:
     """The README's generated parts for the results of a study, by the name between their markers."""
     rows: list[ClaimRow] = results.read("claims.json")
     sweep: list[SweepEntry] | None = results.read("theory.json")["sweep"]
-    tables = [claims_table(rows_of(rows, "ABO")), policies_table(results.final(*STATES))]
+    tables = [claims_table(rows_of(rows, "ABO")), policies_table(results, *STATES)]
     parts: dict[str, list[Any]] = {results.study.name: tables + ([sweep_table(sweep)] if sweep else [])}
     others = [run.name for run in results.study.runs_of("controls")]
     if others and results.has(*others):
         tables = [claims_table(rows_of(rows, letter)) for letter in "KJ"]
-        parts[f"{results.study.name}, controls"] = [*tables, policies_table(results.final(*others))]
+        parts[f"{results.study.name}, controls"] = [*tables, policies_table(results, *others)]
     theory = "".join(f"\n* {sentence}" for sentence in theory_sentences(results.read("theory.json")))
     words = {"findings": outcomes(rows_of(rows, "ABO")) + theory, "cost": cost_sentence(results)}
     return {name: "\n\n".join(map(markdown_table, tables)) for name, tables in parts.items()} | {

@@ -79,13 +79,13 @@ def rl_at(beta: float, name: str, steps: int, changes: dict[str, Any] | None = N
 def sweep(profile: Profile) -> list[Run]:
     """RL after SFT at other prices of the KL.
 
-    Where ``sweep.doubled``, each beta is run for twice `sft-rl`'s steps and for as many: if both end at the same place,
-    training has converged.
+    An embedded model, whose steps are cheap, takes twice `sft-rl`'s steps and as many at each: if both end at the same
+    place, training has converged.
     """
     rl, betas, runs = profile.rl, profile.sweep.betas, []
     for beta in betas:
         name = f"sft-rl-b{beta:g}"
-        if not profile.sweep.doubled:
+        if not profile.pretrains:
             runs += [rl_at(beta, name, rl.steps)] if beta != rl.beta else []
         elif beta == rl.beta:
             runs.append(rl_at(beta, name, 2 * rl.steps, half="sft-rl"))
@@ -93,7 +93,7 @@ def sweep(profile: Profile) -> list[Run]:
             runs.append(rl_at(beta, name, 2 * rl.steps, half=f"{name}-half"))
             runs.append(rl_at(beta, f"{name}-half", rl.steps))
     if (
-        1.0 in betas and profile.sweep.doubled and rl.normalisation == "none"
+        1.0 in betas and profile.pretrains and rl.normalisation == "none"
     ):  # GRPO's own normalisation, all else equal
         grpo = {"rl.normalisation": "group", "rl.algorithm": "grpo"}
         words = "divided" if rl.algorithm == "grpo" else "grpo, divided"

@@ -238,10 +238,9 @@ class RewardModel(Section):
 
 
 class Sweep(Section):
-    """RL after SFT at other prices of the KL: the betas, or none; ``doubled`` also for twice the steps."""
+    """RL after SFT at other prices of the KL: the betas, or none."""
 
     betas: list[Positive]
-    doubled: bool
 
     @model_validator(mode="after")
     def betas_differ(self) -> "Sweep":
