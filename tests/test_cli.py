@@ -70,7 +70,7 @@ def test_a_bad_argument_is_answered_in_one_line_before_a_kernel_starts(results, 
     [
         (["reproduce", "SEED=0"], "'SEED' (did you mean SEEDS?)"),
         (["reproduce", "profile=tiny"], "'profile' (did you mean PROFILE?)"),
-        (["reproduce", "JOBS=two"], "'two' is not a number of 1 or more"),
+        (["reproduce", "JOBS=two"], "'two' is not a number from 1 to 999"),
         (["reproduce", "PROFILE=tini"], "'tini' (did you mean 'tiny'?)"),
         (["reprodce"], "(did you mean 'reproduce'?)"),
     ],

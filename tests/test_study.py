@@ -90,6 +90,13 @@ def test_a_loaded_profile_cannot_be_changed():
         (put("pretrain", "text_share", value=0.0), ["'pretrain'", "text_share (0.0)", "both"]),
         (put("pretrain", "text_share", value=1.0), ["'pretrain'", "text_share (1.0)", "both"]),
         (put("pretrain", "settled_at", value=0.5), ["'pretrain'", "sure_until must come before settled_at"]),
+        (put("sft", "steps", value=10**19), ["'sft.steps'", "less than or equal to 10000000"]),
+        (put("prompt", "max_new_tokens", value=1), ["'prompt.max_new_tokens'", "1", "greater than or equal to 2"]),
+        (put("pretrain", "head_size", value=7), ["'pretrain'", "head_size (7)", "divide hidden_size (64)"]),
+        (put("pretrain", "hidden_size", value=1), ["'pretrain'", "head_size (32)", "divide hidden_size (1)"]),
+        (put("pretrain", "vocabulary", value=10), ["'pretrain'", "vocabulary (10)", "at least 300"]),
+        (put("data", "train_size", value=31), ["data.train_size (31)", "32", "in one step"]),
+        (put("data", "dev_size", value=1), ["data.dev_size (1)", "at least 20"]),
         (put("rl", "answers_per_prompt", value=1), ["'rl.answers_per_prompt'", "1", "greater than or equal to 2"]),
         (put("rl", "beta", value=-1.0), ["'rl.beta'", "-1", "greater than or equal to 0"]),
         (put("sft", "learning_rate", value=0.0), ["'sft.learning_rate'", "0.0", "greater than 0"]),
@@ -291,7 +298,14 @@ def test_seeds(text, seeds):
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "a", "4-0", "-1", "0,", "0,,1", "1.5", "0 1", "0-", "0-1-2"])
+@pytest.mark.parametrize("text", ["0-100000000", "0-1000", "5,10-1009"])
+def test_more_seeds_than_any_study_has_are_refused_at_once(text):
+    with pytest.raises(ValueError, match=f"Seeds '{text}' are more than 1000"):
+        parse_seeds(text)
+    assert len(parse_seeds("0-999")) == 1000
+
+
+@pytest.mark.parametrize("text", ["", "a", "4-0", "-1", "0,", "0,,1", "1.5", "0 1", "0-", "0-1-2", "٣", " ", "9" * 20])
 def test_bad_seeds_are_shown_with_an_example(text):
     with pytest.raises(ValueError, match="write 0-4 or 0,3,7") as caught:
         parse_seeds(text)
@@ -307,7 +321,6 @@ def test_bad_seeds_are_shown_with_an_example(text):
         ("sft.schedule=linear", {"sft.schedule": "linear"}),
         ("prompt.acceptable=a=b", {"prompt.acceptable": "a=b"}),
         ("model.folder=null", {"model.folder": None}),
-        ("rl.beta=1 rl.beta=2", {"rl.beta": 2}),
         ('prompt.acceptable="it is" rl.beta=1', {"prompt.acceptable": "it is", "rl.beta": 1}),
         (r'prompt.template="So?\n\n\"{sentence}\""', {"prompt.template": 'So?\n\n"{sentence}"'}),
         ('evaluation.splits=["dev","train"]', {"evaluation.splits": ["dev", "train"]}),
@@ -343,3 +356,8 @@ def test_disagreement_is_one_rate_or_one_for_each_phenomenon(text):
 def test_one_and_one_point_zero_are_one_study():
     one, same = (load_study("nano", overrides={"rl.beta": value}) for value in (1, 1.0))
     assert one == same
+
+
+def test_a_setting_that_is_given_twice_is_named():
+    with pytest.raises(ValueError, match=r"SET gives 'rl\.beta' twice"):
+        parse_overrides("rl.beta=1 sft.steps=3 rl.beta=2")

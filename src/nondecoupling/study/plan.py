@@ -92,9 +92,7 @@ def sweep(profile: Profile) -> list[Run]:
         else:
             runs.append(rl_at(beta, name, 2 * rl.steps, half=f"{name}-half"))
             runs.append(rl_at(beta, f"{name}-half", rl.steps))
-    if (
-        1.0 in betas and profile.pretrains and rl.normalisation == "none"
-    ):  # GRPO's own normalisation, all else equal
+    if 1.0 in betas and profile.pretrains and rl.normalisation == "none":  # GRPO's own normalisation, all else equal
         grpo = {"rl.normalisation": "group", "rl.algorithm": "grpo"}
         words = "divided" if rl.algorithm == "grpo" else "grpo, divided"
         runs.append(rl_at(1.0, "sft-rl-b1-group", 2 * rl.steps, grpo, instead=words))

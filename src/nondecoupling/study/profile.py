@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=10_000_000)]  # more steps, rows or sentences no study has
+LEAST_DEV = 20  # sentences, of which both labels have some
+LEAST_VOCABULARY = 300  # every byte, the special tokens, and a few words
 
 
 class Section(BaseModel):
@@ -70,7 +72,7 @@ class Prompt(Section):
     acceptable: Annotated[str, Field(min_length=1)]
     unacceptable: Annotated[str, Field(min_length=1)]
     other_wording: Annotated[str, Field(pattern=r"\{answer\}")]
-    max_new_tokens: Count
+    max_new_tokens: Annotated[int, Field(ge=2, le=10_000)]  # an answer has one token at least, and its end of turn
 
     @model_validator(mode="after")
     def answers_differ(self) -> "Prompt":
@@ -134,6 +136,16 @@ class Pretrain(Section):
     settled_at: Share
     untaught_share: Share
     taught: dict[str, list[Share]]
+
+    @model_validator(mode="after")
+    def shape_is_possible(self) -> "Pretrain":
+        if self.hidden_size % self.head_size or self.head_size % 2:
+            raise ValueError(f"head_size ({self.head_size}) must be even and divide hidden_size ({self.hidden_size})")
+        if self.vocabulary < LEAST_VOCABULARY:
+            raise ValueError(
+                f"vocabulary ({self.vocabulary}) must be at least {LEAST_VOCABULARY}: every byte has a token"
+            )
+        return self
 
     @model_validator(mode="after")
     def targets_are_pairs(self) -> "Pretrain":
@@ -286,6 +298,25 @@ class Profile(Section):
     def pretrains(self) -> bool:
         """Whether the study grows a base model of its own."""
         return not (self.model.folder or self.model.hub)
+
+    @model_validator(mode="after")
+    def sentences_suffice(self) -> "Profile":
+        """What a step reads are different sentences; other corpora are counted when they are read."""
+        if not self.data.generated:
+            return self
+        read = {
+            "sft.batch_size": self.sft.batch_size,
+            "rl.prompts_per_step": self.rl.prompts_per_step,
+            "joint.prompts_per_step": self.joint.prompts_per_step,
+            "joint.demonstrations_per_step": self.joint.demonstrations_per_step,
+            "reward_model.pairs_per_step": self.reward_model.pairs_per_step,
+        }
+        name, most = max(read.items(), key=lambda item: item[1])
+        if (self.data.train_size or 0) < most:
+            raise ValueError(f"data.train_size ({self.data.train_size}) is less than {name} ({most}), read in one step")
+        if (self.data.dev_size or 0) < LEAST_DEV:
+            raise ValueError(f"data.dev_size ({self.data.dev_size}) must be at least {LEAST_DEV} to measure anything")
+        return self
 
     @model_validator(mode="after")
     def base_can_be_had(self) -> "Profile":

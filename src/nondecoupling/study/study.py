@@ -16,6 +16,7 @@ from nondecoupling.study.plan import Run, plan
 from nondecoupling.study.profile import Profile
 
 PROFILES = Path(__file__).parents[1] / "profiles"
+MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,8 @@ def parse_overrides(text: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or not value:
             raise ValueError(f"Cannot read override '{item}': write section.key=value, for example rl.beta=0.25.")
+        if key in overrides:
+            raise ValueError(f"SET gives '{key}' twice; give it once.")
         try:
             overrides[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -209,11 +212,14 @@ def parse_overrides(text: str) -> dict[str, Any]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """``"0-4"`` or ``"0,3,7"`` (or both, ``"0-2,7"``) as a sorted list of distinct seeds."""
+    """``"0-4"`` or ``"0,3,7"`` (or both, ``"0-2,7"``) as a sorted list of distinct seeds, at most `MOST_SEEDS`."""
     seeds: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(f"Cannot read seeds '{text}': write 0-4 or 0,3,7.")
-        seeds.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+            raise ValueError(f"Cannot read seeds '{text}': write 0-4 or 0,3,7, numbers of at most nine digits.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if len(seeds) + last - first >= MOST_SEEDS:
+            raise ValueError(f"Seeds '{text}' are more than {MOST_SEEDS}: run a study in parts, results add up.")
+        seeds.update(range(first, last + 1))
     return sorted(seeds)

@@ -1,6 +1,7 @@
 """The command line that the Makefile calls: one action, the study that it is about, and one sentence where it fails."""
 
 import argparse
+import re
 import shutil
 import sys
 import time
@@ -141,8 +142,8 @@ class Parser(argparse.ArgumentParser):
 
 def jobs(text: str) -> int:
     """How many runs side by side."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    if not re.fullmatch(r"[1-9][0-9]{0,2}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 999")
     return int(text)
 
 
