@@ -4,11 +4,14 @@ Every parameter is checked before a kernel starts. A notebook that fails keeps i
 ``<run>.failed.ipynb`` and leaves no result.
 """
 
+import atexit
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +87,42 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
     return root / part.target
 
 
-def quiet_environment(study: Study, jobs: int) -> None:
-    """Environment of the kernels: how they start, no progress bars in captured output, and a fixed number of threads.
+# What a shell, a batch system or a launcher may have set, that would change numbers or wait for other processes.
+FOREIGN = re.compile(
+    r"(ACCELERATE|DEEPSPEED|FSDP|TORCHELASTIC|MASTER|PMI|TRL)_.*|.*RANK|.*WORLD_SIZE|PYTHONSTARTUP|PYTHONOPTIMIZE"
+)
 
-    The embedded model is too small for more than one; others share the cores among ``jobs`` runs. Two runs side by side
-    that each start a thread per core slow each other down tenfold.
+
+def quiet_environment(study: Study, jobs: int) -> None:
+    """Make this process's environment, which kernels inherit, the study's own.
+
+    How kernels start, no progress bars in captured output, no configuration of the user's, and a fixed number of
+    threads: the embedded model is too small for more than one; others share the cores that the process may use among
+    ``jobs`` runs. Two runs side by side that each start a thread per core slow each other down tenfold.
     """
+    for name in [name for name in os.environ if FOREIGN.fullmatch(name)]:
+        del os.environ[name]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = "1" if study.profile.pretrains else str(max(1, cores // jobs))
     os.environ |= {
         "JUPYTER_PATH": str(JUPYTER_PATH),
+        "IPYTHONDIR": empty_folder(),
+        "JUPYTER_CONFIG_DIR": empty_folder(),
         "TQDM_DISABLE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1" if study.profile.pretrains else str(max(1, (os.cpu_count() or 1) // jobs)),
+        "PYTHONUTF8": "1",
+        **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads),
         "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and importing the compiler takes a second
     }
+
+
+@cache
+def empty_folder() -> str:
+    """A folder without configuration files, which is there as long as this process."""
+    folder = tempfile.mkdtemp(prefix="nondecoupling-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def renew_committed(study: Study) -> None:

@@ -1,0 +1,78 @@
+"""What a shell, a batch system or a user's configuration leave behind changes no number."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import tiny
+from nondecoupling.study import folders
+from nondecoupling.workflow import notebooks
+
+# Each changed numbers, hung, or failed when nothing kept it away.
+FOREIGN = {
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_USE_FSDP": "true",
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "MASTER_ADDR": "nowhere",
+    "MKL_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "2",
+    "LC_ALL": "C",
+}
+CONFIGURATION = (
+    "c = get_config()\nc.IPKernelApp.exec_lines = ['raise SystemExit(9)', 'import torch', 'torch.tensor = None']\n"
+)
+
+
+def finished_sft(results, environment, tmp_path):
+    """Metrics and weights of the tiny study's SFT, made as make does in this environment."""
+    command = [sys.executable, "-m", "nondecoupling.workflow", "reproduce", "--profile=tiny", "--seeds=0", "--jobs=1"]
+    folder = results / "tiny" / "seed0" / "sft"
+    done = subprocess.run(
+        [*command, f"--target={folder / folders.METRICS}"],
+        env={**os.environ, **environment, "NONDECOUPLING_RESULTS": str(results)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    weights = {path.name: path.read_bytes() for path in (folder / folders.POLICY).glob("*.safetensors")}
+    return folders.read_json(folder / folders.METRICS)["evaluation"], weights
+
+
+def test_a_stage_gives_the_same_numbers_in_other_surroundings(tmp_path):
+    home = tmp_path / "home" / ".ipython" / "profile_default"
+    home.mkdir(parents=True)
+    for name in ("ipython_config.py", "ipython_kernel_config.py"):
+        (home / name).write_text(CONFIGURATION)
+    (tmp_path / "startup.py").write_text("raise SystemExit(9)")
+    user = {"IPYTHONDIR": str(home.parent), "PYTHONSTARTUP": str(tmp_path / "startup.py")}
+    plain = finished_sft(tmp_path / "plain", {}, tmp_path)
+    assert plain == finished_sft(tmp_path / "foreign", FOREIGN | user, tmp_path)
+    assert plain[1]
+
+
+def test_what_is_not_the_studys_own_is_kept_away(monkeypatch):
+    for name, value in FOREIGN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", dict(os.environ) | {"HOME": "/home/me", "CUDA_VISIBLE_DEVICES": "1"})
+    notebooks.quiet_environment(tiny(), jobs=1)
+    left = set(FOREIGN) & set(os.environ)
+    assert left == {"MKL_NUM_THREADS", "OMP_NUM_THREADS", "LC_ALL"}
+    assert os.environ["MKL_NUM_THREADS"] == os.environ["OMP_NUM_THREADS"] == "1"
+    assert (os.environ["HOME"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("/home/me", "1")  # which are the user's choice
+    assert not os.listdir(os.environ["IPYTHONDIR"])
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [(1, "4"), (2, "2"), (9, "1")])
+def test_real_models_share_the_cores_that_the_process_may_use(monkeypatch, jobs, threads):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    notebooks.quiet_environment(tiny({"model.folder": "."}), jobs)
+    assert os.environ["OMP_NUM_THREADS"] == threads
