@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from dataclasses import replace
 from datetime import datetime
 
@@ -238,6 +239,28 @@ def test_provenance_holds(metrics, tiny_study):
     assert started <= finished
     assert started.tzinfo is not None
     assert {"torch", "transformers", "trl", "peft"} <= set(found["packages"])
+
+
+def test_only_this_checkouts_commit_counts(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *words], cwd=tmp_path, check=True)
+
+    inside = tmp_path / "unpacked"
+    inside.mkdir()
+    monkeypatch.setattr(folders, "REPOSITORY", inside)
+    unknown = {"git_commit": None, "git_dirty": None}
+    assert provenance.code_version() == unknown
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "other")
+    assert provenance.code_version() == unknown  # of somebody else's repository
+    monkeypatch.setattr(folders, "REPOSITORY", tmp_path)
+    known = provenance.code_version()
+    assert len(known["git_commit"]) == 40
+    assert known["git_dirty"] is False
+    (tmp_path / "new").touch()
+    assert provenance.code_version()["git_dirty"] is True
+    monkeypatch.setenv("PATH", "")
+    assert provenance.code_version() == unknown
 
 
 def test_the_profiles_hash_tells_profiles_apart(tiny_study):

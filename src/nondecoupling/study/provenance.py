@@ -50,8 +50,7 @@ def describe_provenance(study: Study, run: Run, started: datetime) -> dict[str, 
     """Code, settings, versions, machine and times of a run; ``changes`` are the plan's to the study's parameters."""
     settings = study.profile.model_dump()
     return {
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain")),
+        **code_version(),
         "profile_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "parameters": settings,
         "chosen": sorted(study.chosen),
@@ -76,8 +75,20 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def code_version() -> dict[str, str | bool | None]:
+    """The commit of this checkout and whether it was changed since; null where git does not know.
+
+    An archive that is unpacked inside another repository is not of that repository's commit.
+    """
+    top = git("rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != folders.REPOSITORY.resolve():
+        return {"git_commit": None, "git_dirty": None}
+    changed = git("status", "--porcelain")
+    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
+
+
 def git(*arguments: str) -> str | None:
-    """Output of a git command in this checkout; None without git or outside a checkout."""
+    """Output of a git command in this checkout's folder; None without git or outside a repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folders.REPOSITORY, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

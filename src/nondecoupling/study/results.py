@@ -209,7 +209,7 @@ def costs_table(records: Records) -> pd.DataFrame:
     rows = {}
     for (run, _), record in records.items():
         provenance = record["provenance"]
-        commit = str(provenance["git_commit"])[:10] + "+" * bool(provenance["git_dirty"])
+        commit = str(provenance["git_commit"] or "unknown")[:10] + "+" * bool(provenance["git_dirty"])
         rows[run, record["seed"]] = {
             "run": run,
             "seed": record["seed"],
