@@ -115,7 +115,7 @@ def test_a_new_result_replaces_the_old_one_whole(study):
     new = finish(study, "sft", 0, n=2)
     assert new == old
     assert folders.read_json(new / folders.METRICS)["evaluation"]["dev"]["n"] == 2
-    assert [path.name for path in new.iterdir()] == [folders.METRICS]
+    assert {path.name for path in new.iterdir()} == {folders.METRICS, folders.HASHES}
     assert [path.name for path in new.parent.iterdir()] == ["sft"]
 
 
@@ -139,6 +139,68 @@ def test_a_published_result_is_newer_than_what_it_was_made_from(partial):
     folders.write_json(partial / folders.METRICS, {"status": "complete"})
     os.utime(partial / folders.METRICS, (1, 1))
     assert (folders.publish(partial) / folders.METRICS).stat().st_mtime > 1
+
+
+# Damage
+
+
+def a_result(partial):
+    """A finished run with a file of each kind."""
+    (partial / "policy").mkdir()
+    (partial / "policy" / "adapter_model.safetensors").write_bytes(bytes(range(200)))
+    (partial / "predictions.parquet").write_bytes(b"PAR1" * 20)
+    (partial / "trajectory.csv").write_text("step,sft_loss\n0,0.5\n")
+    folders.write_json(partial / folders.METRICS, {"status": "complete", "evaluation": {"dev": {"sft_loss": 0.512}}})
+    return folders.publish(partial)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "policy/adapter_model.safetensors", "predictions.parquet", "trajectory.csv"]
+)
+@pytest.mark.parametrize(
+    "damage", [flip, lambda path: path.write_bytes(path.read_bytes()[:-3]), lambda path: path.unlink()]
+)
+def test_a_file_that_is_not_the_runs_own_is_named(partial, name, damage):
+    folder = a_result(partial)
+    damage(folder / name)
+    if (folder / folders.METRICS).exists():
+        with pytest.raises(RuntimeError) as caught:
+            folders.require_complete(folder, "Run 'x'")
+        for words in (f"{folder / name} is not the file that the run wrote", f"remove {folder}", "make reproduce"):
+            assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+    else:
+        assert not folders.is_complete(folder)
+
+
+def test_another_runs_file_in_its_place_is_found_out(study, partial):
+    folder = a_result(partial)
+    other = finish(study, "sft", 1, n=2)
+    os.replace(other / folders.METRICS, folder / folders.METRICS)
+    with pytest.raises(RuntimeError, match="metrics.json is not the file that the run wrote"):
+        folders.require_complete(folder, "Run 'x'")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"metrics.json": 1}', "\x00"])
+def test_a_damaged_list_of_hashes_is_damage(partial, content):
+    folder = a_result(partial)
+    (folder / folders.HASHES).write_text(content)
+    with pytest.raises(RuntimeError, match=r"is not the file that the run wrote"):
+        folders.require_complete(folder, "Run 'x'")
+
+
+def test_an_executed_notebook_may_come_later_and_a_run_without_its_list_is_not_finished(partial):
+    folder = a_result(partial)
+    (folder / "notebook.ipynb").write_text("{}")
+    assert folders.require_complete(folder, "Run 'x'") == folder
+    (folder / folders.HASHES).unlink()
+    assert not folders.is_complete(folder)
 
 
 # Parents

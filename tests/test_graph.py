@@ -181,6 +181,7 @@ def begun(root):
         folder.mkdir(parents=True)
         parents = folders.parent_hashes(study, root, study.run(name), seed)
         folders.write_json(folder / folders.METRICS, {"parents": parents})
+        folders.write_hashes(folder)
     return study
 
 

@@ -88,6 +88,7 @@ def finish(study, run, seed, **changed):
     if run.stage in results.TRAINED:
         table = pd.DataFrame({"step": [0, 4], "sft_loss": [1 / 3, 0.1 + seed / 7]})
         table.to_csv(folder / folders.TRAJECTORY, index=False)
+    folders.write_hashes(folder)
 
 
 def test_runs_become_tables_and_are_read_back_to_the_last_digit(study):
@@ -96,9 +97,24 @@ def test_runs_become_tables_and_are_read_back_to_the_last_digit(study):
     read = results.read_results(study, folders.study_folder(study))
     for name in ("metrics", "trajectories", "answers"):
         pd.testing.assert_frame_equal(getattr(read, name), getattr(collected, name), check_exact=True)
-    assert read.provenance == collected.provenance
+    assert read.provenance | {"tables": {}} == collected.provenance
+    assert set(read.provenance["tables"]) == set(results.TABLES) - {results.PROVENANCE}
     assert read.seeds == SEEDS
     assert (read.own, read.source) == (True, "this study's own runs")
+
+
+@pytest.mark.parametrize("name", results.TABLES)
+def test_a_damaged_table_is_named(study, name):
+    results.write_results(results.collect(study, SEEDS, ["main"]))
+    path = folders.study_folder(study) / name
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], content.replace(b"3", b"4", 1), b""):
+        path.write_bytes(damaged)
+        if name != results.PROVENANCE or damaged != content.replace(b"3", b"4", 1):  # it is not hashed itself
+            with pytest.raises(RuntimeError, match=f"{name} is not the file that was written"):
+                results.read_results(study, path.parent)
+    path.write_bytes(content)
+    assert results.read_results(study, path.parent).seeds == SEEDS
 
 
 def test_every_seed_has_a_base_of_its_own(study):

@@ -38,6 +38,7 @@ class ProvenanceFile(TypedDict):
     shared: dict[str, Any]  # code, versions and machine of most runs
     data: dict[str, dict[str, float]]  # sentences and majority reward by split, of the first seed
     runs: dict[str, dict[str, Any]]  # by "seed0/sft": sha256, parents, times, and what is not as in `shared`
+    tables: dict[str, str]  # sha256 of the tables beside it; empty before they are written
 
 
 class ClaimRow(TypedDict):

@@ -17,6 +17,7 @@ from nondecoupling.study.study import Study
 REPOSITORY = Path(__file__).resolve().parents[3]
 METRICS, TRAJECTORY, LOG, POLICY = "metrics.json", "trajectory.csv", "log.csv", "policy"
 MEASURED = "measured.json"  # the last file of a checkpoint
+HASHES = "sha256.json"  # of every file that a run published
 
 
 def results_root() -> Path:
@@ -41,16 +42,40 @@ def run_folder(root: Path, run: Run, seed: int) -> Path:
 
 def is_complete(folder: Path) -> bool:
     """Whether ``folder`` holds a finished run."""
-    return (folder / METRICS).exists()
+    return (folder / METRICS).exists() and (folder / HASHES).exists()
 
 
 def require_complete(folder: Path, needed_by: str) -> Path:
-    """``folder`` if it holds a finished run; FileNotFoundError that says what to run first otherwise."""
+    """``folder`` if it holds a finished run as it was published.
+
+    Raises FileNotFoundError that says what to run first where there is none, RuntimeError where a file was damaged,
+    exchanged or lost since.
+    """
     if not is_complete(folder):
         raise FileNotFoundError(
             f"{needed_by} needs the finished run {folder}, which is not there; run its notebook first (make reproduce)."
         )
+    try:
+        changed = changed_file(folder, read_json(folder / HASHES))
+    except (ValueError, AttributeError):
+        changed = folder / HASHES
+    if changed:
+        raise RuntimeError(
+            f"{changed} is not the file that the run wrote: it was damaged, changed or exchanged; remove {folder}, and "
+            f"make reproduce makes it again."
+        )
     return folder
+
+
+def changed_file(folder: Path, hashes: dict[str, str]) -> Path | None:
+    """The first of the files under ``folder`` that is gone or has another sha256 than ``hashes`` says; None if none is.
+
+    Files that are not on the list, as an executed notebook, do not count.
+    """
+    for name, digest in hashes.items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            return folder / name
+    return None
 
 
 def parent_hashes(study: Study, root: Path, run: Run, seed: int) -> dict[str, str | None]:
@@ -92,13 +117,14 @@ def last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path | None:
 
 
 def publish(partial: Path) -> Path:
-    """Turn a partial run into a result by renaming it; it must hold readable metrics with status "complete".
+    """Turn a partial run into a result: list what its files hash to, and rename it.
 
-    The checkpoints that led to it are removed.
+    It must hold readable metrics with status "complete". The checkpoints that led to it are removed.
     """
     metrics = read_json(partial / METRICS)
     if metrics.get("status") != "complete":
         raise ValueError(f"{partial / METRICS} has status {metrics.get('status')!r}; only complete runs are published.")
+    write_hashes(partial)
     folder = partial.with_name(partial.name.removesuffix(".partial"))
     if folder.exists():
         retired = folder.with_name(folder.name + ".old")
@@ -109,6 +135,13 @@ def publish(partial: Path) -> Path:
     shutil.rmtree(folder.with_name(folder.name + ".checkpoints"), ignore_errors=True)
     (folder / METRICS).touch()  # newer than everything it was made from, as make wants it
     return folder
+
+
+def write_hashes(folder: Path) -> None:
+    """Write down what every file under ``folder`` hashes to."""
+    (folder / HASHES).unlink(missing_ok=True)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_json(folder / HASHES, {path.relative_to(folder).as_posix(): sha256(path) for path in files})
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -4,6 +4,7 @@ A run is a stage applied to the policy of its parent. What it changes is a funct
 of a user can turn a control into something else. To add a run, add an entry here.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -99,7 +100,7 @@ def sweep(profile: Profile) -> list[Run]:
     return runs
 
 
-def one_per_beta(runs: list[Run]) -> list[Run]:
+def one_per_beta(runs: Iterable[Run]) -> list[Run]:
     """The sweep's runs among ``runs`` that differ in beta alone: no halves, and none that changes something else."""
     swept = [run for run in runs if run.group == "sweep" and not run.instead]
     return [run for run in swept if run.name not in {other.half for other in swept}]

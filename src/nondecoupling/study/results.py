@@ -91,11 +91,21 @@ class Results(NamedTuple):
 def read_results(study: Study | None, folder: Path) -> Results:
     """The tables in ``folder``, of ``study`` or else of the study that their provenance describes.
 
-    Raises FileNotFoundError where there are none, ValueError where another version of this artifact wrote them.
+    Raises FileNotFoundError where there are none, RuntimeError where one is not as it was written, ValueError where
+    another version of this artifact wrote them.
     """
     if not (folder / PROVENANCE).exists():
         raise FileNotFoundError(f"{folder} holds no tables of results; run the study first (make reproduce).")
-    provenance: ProvenanceFile = folders.read_json(folder / PROVENANCE)
+    try:
+        provenance: ProvenanceFile = folders.read_json(folder / PROVENANCE)
+        changed = folders.changed_file(folder, provenance.get("tables", {}))
+    except (ValueError, AttributeError):
+        changed = folder / PROVENANCE
+    if changed:
+        raise RuntimeError(
+            f"{changed} is not the file that was written: it was damaged, changed or exchanged; make reproduce collects"
+            f" a study's tables anew, git restores a reference's."
+        )
     if study is None:
         where = f"'{folder.name}' was made by another version of this artifact, make reproduce renews it"
         study = study_of(folder.name, validated(provenance["parameters"], where), provenance["chosen"])
@@ -141,7 +151,8 @@ def write_results(results: Results) -> None:
         column_encoding=dict.fromkeys(measured, "BYTE_STREAM_SPLIT"),
     )
     temporary.replace(results.folder / ANSWERS)
-    folders.write_json(results.folder / PROVENANCE, results.provenance)
+    hashes = {name: folders.sha256(results.folder / name) for name in (METRICS, TRAJECTORIES, ANSWERS, COSTS)}
+    folders.write_json(results.folder / PROVENANCE, {**results.provenance, "tables": hashes})
 
 
 def collect(study: Study, seeds: list[int], groups: Collection[str]) -> Results:
@@ -247,4 +258,5 @@ def collected_provenance(study: Study, root: Path, seeds: list[int], records: Re
             name: {key: value for key, value in entry.items() if key not in shared or value != shared[key]}
             for name, entry in by_run.items()
         },
+        "tables": {},
     }

@@ -193,13 +193,14 @@ def pretrain(settings: Pretrain, prompt: Prompt, exclude: set[str], folder: Path
     grammar.require_each_phenomenon(settings.taught, "pretrain.taught")
     sentences = pretraining_sentences(settings, exclude, seed)
     rng = np.random.default_rng(seed_of("pretraining batches", seed))
-    asked = [prompt_messages(prompt, sentence)[0]["content"] for sentence in sentences["sentence"][:5000]]
+    spelt = [prompt_messages(prompt, sentence)[0]["content"] for sentence in sentences["sentence"][:5000]]
     frame = [*responses(prompt), "user\n", "assistant\n", "\n\n"] * 1000  # frequent enough to become single tokens
-    tokenizer = train_tokenizer(iter(asked + frame), settings.vocabulary)
+    tokenizer = train_tokenizer(iter(spelt + frame), settings.vocabulary)
     model = new_model(settings, tokenizer, seed)
     # With a shorter memory of squared gradients and more decay than the defaults, phenomena are learnt sooner.
-    how = {"lr": settings.learning_rate, "betas": (0.9, 0.98), "weight_decay": 0.1}
-    optimizer = torch.optim.AdamW(model.parameters(), **how, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps + 1, pct_start=settings.warmup_share
     )

@@ -77,7 +77,7 @@ def train_reward_model(stage: Stage) -> Outcome:
 
 
 def answer_scores(
-    reward_model: torch.nn.Module, questions: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    reward_model: Any, questions: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> torch.Tensor:
     """(rows,) the reward model's score of one answer to each question, with gradient.
 
@@ -89,9 +89,7 @@ def answer_scores(
 
 
 @torch.inference_mode()
-def scores(
-    reward_model: torch.nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
-) -> list[float]:
+def scores(reward_model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int) -> list[float]:
     """The score of each (question, answer), both token ids, an answer with its end token."""
     return [
         score

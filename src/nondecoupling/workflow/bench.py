@@ -161,7 +161,7 @@ def measure_equal(study: Study, base: Path, data: Path, steps: int) -> dict[str,
         config.gradient_accumulation_steps = config.steps_per_generation = answers // at_a_time
         config.generation_batch_size = answers
         questions = training_rl.rl_questions(stage, count * rl.prompts_per_step)
-        functions = training_rl.reward_functions(stage)
+        functions: Any = training_rl.reward_functions(stage)
         return GRPOTrainer(stage.policy, functions, config, train_dataset=questions, processing_class=stage.tokenizer)
 
     for count in (1, steps):  # the first warms up

@@ -19,7 +19,10 @@ README = folders.REPOSITORY / "README.md"
 
 
 def verify(study: Study) -> None:
-    """Say how a study's replications compare with the reference's (`agreement`); RuntimeError where one fails."""
+    """Say how a study's replications compare with the reference's (`agreement`).
+
+    RuntimeError where one could not come from there, or where a file of a run is not as it was written.
+    """
     reference = reference_of(study)
     fresh = read_results(study, folders.study_folder(study))
     for found in (fresh, reference):
@@ -32,6 +35,9 @@ def verify(study: Study) -> None:
         changed = ", ".join(changed_settings(reference.study.profile, study.profile))
         words = f"'{study.name}' has no reference of its own. It is compared with '{reference.study.name}', from which"
         print(*agreement.wrapped(f"{words} it differs in {changed}."), sep="\n", end="\n\n")
+    for run in study.runs:
+        for seed in fresh.seeds if fresh.has(run.name) else []:
+            folders.require_complete(folders.run_folder(folders.study_folder(study), run, seed), "make verify")
     table = agreement.compare(agreement.quantities(fresh), agreement.quantities(reference))
     print(agreement.in_words(table, len(fresh.seeds), len(reference.seeds)))
     if missing := agreement.not_compared(fresh, reference):

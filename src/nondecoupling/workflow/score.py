@@ -78,7 +78,9 @@ def score(study: Study, name: str, seed: int, root: Path, table: pd.DataFrame) -
     size = settings.evaluation.batch_size
     ours = predict(policy, tokenizer, settings.prompt, table, size, seed)
     chats = [prompt_messages(settings.prompt, sentence) for sentence in table["sentence"]]
-    questions = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS)
+    questions: Any = tokenizer.apply_chat_template(
+        chats, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS
+    )
     answers = [text + tokenizer.eos_token for text in responses(settings.prompt)]
     found = harness_log_likelihoods(policy, tokenizer, questions, answers, table["label"].tolist(), size)
     offset = white_space_log_probability(policy, tokenizer, questions, size)
