@@ -1,4 +1,4 @@
-"""The benchmark measures the real stages, says why one failed, and the README shows what was measured."""
+"""The benchmark measures the real stages, says why one failed, and docs show what was measured."""
 
 import json
 import os
@@ -11,7 +11,6 @@ from conftest import tiny
 from nondecoupling.analysis.tables import markdown_table
 from nondecoupling.study import folders
 from nondecoupling.workflow import bench
-from nondecoupling.workflow.reference import README
 
 
 @pytest.mark.parametrize("configuration", bench.CONFIGURATIONS)
@@ -86,6 +85,7 @@ def test_random_weights_keep_the_shape(built_base, tmp_path):
     assert folders.file_hashes(tmp_path, "*.safetensors") != folders.file_hashes(original, "*.safetensors")
 
 
-def test_the_readme_shows_what_was_measured():
-    shown = README.read_text(encoding="utf-8").partition(bench.BEGIN)[2].partition(bench.END)[0]
+def test_the_documents_show_what_was_measured():
+    text = (folders.REPOSITORY / "docs" / "paper-setting.md").read_text(encoding="utf-8")
+    shown = text.partition(bench.BEGIN)[2].partition(bench.END)[0]
     assert shown.strip() == markdown_table(bench.bench_table(bench.committed_machines()))

@@ -198,13 +198,13 @@ def test_a_run_that_serves_all_replications_costs_each_its_part():
     assert " took 30 s for both" in tables.cost_sentence(found._replace(costs=once))
 
 
-def test_readme_parts_are_those_of_what_was_run(rows, tmp_path):
+def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     study = load_study("nano")
 
     def parts(runs):
         answers = [policy(run, 0.5, [1, 1, 0]) for run in runs]
         found = results_of(study, answers, metrics_of(runs), folder=tmp_path)
-        return tables.readme_parts(timed(found, {"sft": 10}))
+        return tables.document_parts(timed(found, {"sft": 10}))
 
     folders.write_json(tmp_path / "claims.json", rows + controls_not_run(study))
     folders.write_json(tmp_path / "theory.json", {"sweep": None, "who_pays": [], "crossing": None})

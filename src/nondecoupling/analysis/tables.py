@@ -65,6 +65,19 @@ def outcomes(rows: list[ClaimRow]) -> str:
     return "\n".join(f"* {outcome_sentence(row)}" for row in rows)
 
 
+def findings_table(rows: list[ClaimRow]) -> pd.DataFrame:
+    """What the paper says and what was found, in few words."""
+    return pd.DataFrame(
+        {
+            "claim": f"{row['statement'].removeprefix('(ours) ')} ({row['id']})",
+            "the paper": "ours" if row["statement"].startswith("(ours)") else row["paper"],
+            f"here, {row['seeds']} replications": interval_text(row["estimate"], row["ci95"]),
+            "verdict": row["verdict"],
+        }
+        for row in rows
+    )
+
+
 def claims_table(rows: list[ClaimRow]) -> pd.DataFrame:
     """The claims for reading, as text; columns in which no row has anything to say are left out."""
     table = pd.DataFrame(
@@ -181,7 +194,7 @@ def cost_sentence(results: Results) -> str:
     return f"{took} (mean of {len(results.seeds)})."
 
 
-# The README's tables
+# Tables in documents
 
 
 def markdown_table(table: pd.DataFrame) -> str:
@@ -190,8 +203,8 @@ def markdown_table(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def readme_parts(results: Results) -> dict[str, str]:
-    """The README's generated parts for the results of a study, by the name between their markers."""
+def document_parts(results: Results) -> dict[str, str]:
+    """The generated parts of README and docs for the results of a study, by the name between their markers."""
     rows: list[ClaimRow] = results.read("claims.json")
     sweep: list[SweepEntry] | None = results.read("theory.json")["sweep"]
     tables = [claims_table(rows_of(rows, "ABO")), policies_table(results, *STATES)]
@@ -200,8 +213,9 @@ def readme_parts(results: Results) -> dict[str, str]:
     if others and results.has(*others):
         tables = [claims_table(rows_of(rows, letter)) for letter in "KJ"]
         parts[f"{results.study.name}, controls"] = [*tables, policies_table(results, *others)]
-    theory = "".join(f"\n* {sentence}" for sentence in theory_sentences(results.read("theory.json")))
-    words = {"findings": outcomes(rows_of(rows, "ABO")) + theory, "cost": cost_sentence(results)}
+    theory = "\n".join(f"* {sentence}" for sentence in theory_sentences(results.read("theory.json")))
+    found = markdown_table(findings_table(rows_of(rows, "ABO")))
+    words = {"findings": f"{found}\n\n{theory}".strip(), "cost": cost_sentence(results)}
     return {name: "\n\n".join(map(markdown_table, tables)) for name, tables in parts.items()} | {
         f"{results.study.name}, {part}": text for part, text in words.items()
     }

@@ -259,8 +259,8 @@ def median_of(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_bench(study: Study, random_weights: bool) -> None:
-    """Measure every configuration, write this machine's file, print the table and renew the README's."""
-    from nondecoupling.workflow.reference import README, write_between
+    """Measure every configuration, write this machine's file, print the table and renew the documents'."""
+    from nondecoupling.workflow.reference import write_between
 
     # The threads that the study's own runs have; before torch is imported.
     quiet_environment(study, jobs=1 if Path("/dev/nvidia0").exists() else os.cpu_count() or 1)
@@ -302,9 +302,9 @@ def run_bench(study: Study, random_weights: bool) -> None:
     content |= {"machine": machine, "memory_of": memory_of}
     content["profiles"][study.name] = {"random_weights": random_weights, "packages": packages, "measured": measured}
     folders.write_json(path, content)
-    write_between(README, BEGIN, END, markdown_table(bench_table(committed_machines())))
+    write_between(BEGIN, END, markdown_table(bench_table(committed_machines())))
     print(bench_table({name: content}).to_string(index=False))
-    print(f"{path}; the table in README.md is renewed")
+    print(f"{path}; the table in docs/paper-setting.md is renewed")
 
 
 def bench_table(machines: dict[str, dict[str, Any]]) -> Any:
