@@ -69,7 +69,7 @@ def test_reproduce_leaves_every_result(study):
     first, second = (folders.file_hashes(folder / f"seed{seed}" / "base/policy", "*.safetensors") for seed in SEEDS)
     assert first != second
     rows = folders.read_json(folder / "claims.json")
-    assert {row["seeds"] for row in rows if row["verdict"] != "not run"} == {2}
+    assert {row["seeds"] for row in rows if row["id"][0] in "AB"} == {2}  # others may lack a seed in which nothing rose
     for row in rows:
         assert f"{row['id']}: " not in printed or row["estimate"] is None or f"{row['estimate']:+z.3f} [" in printed
     assert "A1: " in printed
@@ -272,6 +272,7 @@ def test_a_run_beside_another_parent_than_its_own_is_stale_and_in_no_table(copie
     content = folders.read_json(parent)
     before = parent.stat().st_mtime_ns
     folders.write_json(parent, content | {"status": "complete", "training": {}})
+    folders.write_hashes(parent.parent)
     os.utime(parent, ns=(before, before))  # as a copy from elsewhere may be older than what is here
     graph.write_settings(STUDY, PARTS, SEEDS, ["main"])
     assert {part.target for part in graph.stale_parts(copied, PARTS)} == {"seed0/rl-sft/metrics.json"} | MADE_OF_ALL
