@@ -39,6 +39,41 @@ def test_one_seed_has_no_band():
     assert all(np.isnan(band.get_paths()[0].vertices[:, 1]).all() for band in axes.collections if band.get_paths())
 
 
+def experiments(verdicts):
+    """The picture of both experiments, of three seeds, whose claims have these verdicts."""
+    stages = [("sft", 9), ("sft-rl", 4), ("rl", 4), ("rl-sft", 9)]
+    paths = pd.DataFrame(
+        {"run": run, "seed": seed, "step": step, "sft_loss": 0.5, "reward_exact": 0.4, "reward_greedy": 0.6}
+        for run, steps in stages
+        for seed in range(3)
+        for step in (0, steps)
+    )
+    rows = [
+        {"id": name, "verdict": verdict, "estimate": 0.217, "ci95": [0.1, 0.3]} for name, verdict in verdicts.items()
+    ]
+    return figures.draw_experiments(paths, rows, 0.37)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "titles"),
+    [
+        (("reproduced", "reproduced", "not reproduced"), ("raises", "sampled reward falls, greedy rises")),
+        (("not reproduced", "inconclusive", "reproduced"), ("lowers", "sampled reward undecided, greedy falls")),
+        (("inconclusive", "reproduced", "inconclusive"), ("may or may not", "sampled reward falls, greedy undecided")),
+    ],
+)
+def test_the_picture_of_both_experiments_says_what_was_found(verdicts, titles):
+    figure = experiments(dict(zip(("A1", "B2", "B3"), verdicts, strict=True)))
+    for axes, title in zip(figure.axes, titles, strict=True):
+        assert title in axes.get_title(loc="left")
+    first, second = ([text.get_text() for text in axes.texts] for axes in figure.axes)
+    assert "+0.217 nats\n[+0.100, +0.300]" in first
+    assert {"sampled answers\n+0.217\n[+0.100, +0.300]", "likelier answer\n+0.217\n[+0.100, +0.300]"} <= set(second)
+    assert "majority answer" in second
+    labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert labels == ["base\nmodel", "after 9 steps\nof SFT", "after 4 steps\nof RL"]
+
+
 def test_who_pays_says_what_was_measured_at_both_ends():
     payers = [PARTS | {"measured": over(rise), "q": q, "share": 0.5} for q, rise in ((0.98, 0.04), (0.75, 0.31))]
     bins = [

@@ -13,7 +13,7 @@ from scipy.special import expit
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.predictions import frontier, label_log_odds, mean_path
-from nondecoupling.analysis.statistics import mean_interval, shown
+from nondecoupling.analysis.statistics import interval_text, mean_interval, shown
 from nondecoupling.study.contracts import ClaimRow, Crossing, OverSeeds, Payer, SweepEntry, Tilt
 from nondecoupling.study.plan import NAMES
 from nondecoupling.study.results import Results
@@ -160,6 +160,72 @@ def draw_reward(trajectories: pd.DataFrame, levels: dict[str, float]) -> Figure:
     label_levels(axes, levels)
     axes.set_ylabel("reward on dev (solid: sampled, dashed: greedy)")
     axes.set_title("Experiment B: SFT after RL", pad=24)
+    return figure
+
+
+def draw_stages(axes: Axes, trajectories: pd.DataFrame, first: str, second: str, metric: str, linestyle: str) -> None:
+    """Mean and 95 % interval of ``metric`` along two stages, each drawn as wide as the other."""
+    for place, run in enumerate((first, second)):
+        part = trajectories[trajectories["run"] == run]
+        part = part.assign(at=place + part["step"] / part["step"].max())
+        sns.lineplot(
+            part, x="at", y=metric, color=COLOURS[run], errorbar=t_bounds, ax=axes, marker="o", markersize=5,
+            markeredgewidth=0, linewidth=2.2, linestyle=linestyle, err_kws={"alpha": 0.18, "linewidth": 0},
+        )  # fmt: skip
+
+
+def draw_experiments(trajectories: pd.DataFrame, rows: list[ClaimRow], majority: float) -> Figure:
+    """Both experiments side by side, labelled in place; titles and numbers are those of the claims' ``rows``.
+
+    ``majority`` is the reward of the majority answer on the sentences that are drawn.
+    """
+    row = {claim["id"]: claim for claim in rows}
+    moved = {"reproduced": "falls", "not reproduced": "rises"}
+    loss = {"reproduced": "raises", "not reproduced": "lowers"}.get(row["A1"]["verdict"], "may or may not raise")
+    sampled, greedy = (moved.get(row[name]["verdict"], "undecided") for name in ("B2", "B3"))
+    panels = {
+        f"A   RL after SFT {loss} the SFT loss": ("sft", "sft-rl", {"sft_loss": ("-", "", "A1", " nats")}),
+        f"B   SFT after RL: sampled reward {sampled}, greedy {greedy}": (
+            "rl",
+            "rl-sft",
+            {
+                "reward_greedy": ("--", "likelier answer\n", "B3", ""),
+                "reward_exact": ("-", "sampled answers\n", "B2", ""),
+            },
+        ),
+    }
+    figure, both = plt.subplots(1, 2, figsize=(13, 4.2), gridspec_kw={"wspace": 0.48})
+    for axes, (title, (first, second, curves)) in zip(both, panels.items(), strict=True):
+        ends = {}
+        for metric, (linestyle, words, claim, unit) in curves.items():
+            draw_stages(axes, trajectories, first, second, metric, linestyle)
+            part = trajectories[(trajectories["run"] == second)]
+            end = part.loc[part["step"] == part["step"].max(), metric].mean()
+            mean, _, interval = interval_text(row[claim]["estimate"], row[claim]["ci95"]).partition(" ")
+            ends[f"{words}{mean}{unit}\n{interval}"] = end, COLOURS[second]
+        steps = [int(trajectories.loc[trajectories["run"] == run, "step"].max()) for run in (first, second)]
+        names = [NAMES[first], NAMES[second].rpartition(" ")[2]]
+        after = [f"after {count} steps\nof {name}" for count, name in zip(steps, names, strict=True)]
+        axes.set_xticks([0, 1, 2], ["base\nmodel", *after])
+        axes.set(xlabel="", xlim=(-0.03, 2.03), ylabel="SFT loss on dev, nats" if first == "sft" else "reward on dev")
+        axes.axvline(1, color="0.6", linewidth=1)
+        axes.grid(visible=False, axis="x")
+        axes.set_title(title, loc="left", weight="bold", pad=26, fontsize=12)
+        for place, (run, name) in enumerate(zip((first, second), (names[0], f"then {names[1]}"), strict=True)):
+            axes.text(
+                place + 0.5,
+                1.03,
+                name,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                weight="bold",
+                color=COLOURS[run],
+            )
+        base = trajectories[(trajectories["run"] == first) & (trajectories["step"] == 0)]
+        level, words = (base["sft_loss"].mean(), "base model") if first == "sft" else (majority, "majority answer")
+        axes.axhline(level, color="0.45", linestyle=":", linewidth=1.2)
+        axes.annotate(words, (2, level), (-4, 4), textcoords="offset points", ha="right", fontsize=9, color="0.35")
+        label_ends(axes, ends)
     return figure
 
 
