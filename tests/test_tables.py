@@ -223,3 +223,30 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     for words in ("| K1: ", "| J2-interleaved: ", "| rl-rl | 0.400 |"):
         assert words in everything["nano, controls"]
     assert "reward-model" not in everything["nano, controls"]  # it is no policy
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        (
+            ("reproduced", "reproduced", "reproduced", "not reproduced"),
+            ("raised", "above", "lowered the", "raised that"),
+        ),
+        (
+            ("not reproduced", "not reproduced", "not reproduced", "reproduced"),
+            ("lowered", "below", "raised", "lowered"),
+        ),
+        (
+            ("inconclusive",) * 4,
+            ("may or may not have raised", "about at", "may or may not have lowered", "may or may"),
+        ),
+    ],
+)
+def test_the_answer_follows_from_the_verdicts(rows, verdicts, words):
+    known = dict(zip(("A1", "A2", "B2", "B3"), verdicts, strict=True))
+    told = [row | {"verdict": known.get(row["id"], "inconclusive")} for row in rows]
+    first, second = tables.answer_sentences(told)
+    assert first.startswith(f"RL after SFT {words[0]} the SFT loss, by +0.200 nats [")
+    assert f", to {words[1]} the base model's (" in first
+    assert second.startswith(f"SFT after RL {words[2]}")
+    assert f", and {words[3]}" in second

@@ -60,6 +60,29 @@ def outcome_sentence(row: ClaimRow) -> str:
     return f"{claim}: {words} ({'; '.join(filter(None, [found, row['note']]))})."
 
 
+def answer_sentences(rows: list[ClaimRow]) -> list[str]:
+    """What both experiments found, one sentence each; the verbs follow from the verdicts of A1, A2, B2 and B3."""
+    row = {claim["id"]: claim for claim in rows}
+
+    def found(name: str, unit: str = "") -> str:
+        mean, _, interval = interval_text(row[name]["estimate"], row[name]["ci95"]).partition(" ")
+        return " ".join(filter(None, [f"{mean}{unit}", interval]))
+
+    def verb(name: str, up: str, down: str, unclear: str) -> str:
+        risen, fallen = (up, down) if name[0] == "A" else (down, up)
+        return {"reproduced": risen, "not reproduced": fallen}.get(row[name]["verdict"], unclear)
+
+    loss = verb("A1", "raised", "lowered", "may or may not have raised")
+    end = verb("A2", "above", "below", "about at")
+    sampled = verb("B2", "raised", "lowered", "may or may not have lowered")
+    greedy = verb("B3", "raised", "lowered", "may or may not have lowered")
+    return [
+        f"RL after SFT {loss} the SFT loss, by {found('A1', ' nats')}, to {end} the base model's ({found('A2')}).",
+        f"SFT after RL {sampled} the reward of sampled answers, by {found('B2')}, and {greedy} that of the likelier "
+        f"answer, by {found('B3')}.",
+    ]
+
+
 def outcomes(rows: list[ClaimRow]) -> str:
     """`outcome_sentence` of each row, as a list in Markdown."""
     return "\n".join(f"* {outcome_sentence(row)}" for row in rows)

@@ -15,6 +15,7 @@ import yaml
 from nondecoupling.analysis import figures
 from nondecoupling.analysis.controls import OBJECTIONS
 from nondecoupling.analysis.tables import (
+    answer_sentences,
     changes,
     claims_table,
     policies_table,
@@ -100,7 +101,8 @@ def content_of(results: Results) -> dict[str, Any]:
         "seeds": results.seeds,
         "repeated": what_is_repeated(study),
         "disagreement": disagreement_text(study.profile.data),
-        "headline": [row for row in rows if row["id"] in ("A1", "B1", "B3", "O1")],
+        "answers": answer_sentences(rows),
+        "headline": [row for row in rows if row["id"] in ("A1", "A2", "B1", "B2", "B3", "O1")],
         "experiments": claim_group(rows_of(rows, "AB")),
         "own": claim_group(rows_of(rows, "O")),
         "theorems": claim_group(theorems),
@@ -117,7 +119,8 @@ def content_of(results: Results) -> dict[str, Any]:
         "data": results.provenance["data"],
         "machines": [", ".join(filter(None, machine)) for machine in sorted(machines, key=str)],
         "minutes": seconds_of(results.costs).sum() / 60,
-        "parameters": int(results.costs["parameters"].max()),
+        "parameters": int((results.costs["parameters"] - results.costs["trained_parameters"]).min()),
+        "trained": int(results.costs["trained_parameters"].min()),
         "costs": cost_table(results.costs),
         "finished": results.costs["finished"].max(),
         "shared": shared,
