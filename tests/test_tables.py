@@ -210,7 +210,10 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     folders.write_json(tmp_path / "theory.json", {"sweep": None, "who_pays": [], "crossing": None})
     without = parts(MEASURED)
     assert list(without) == ["nano", "nano, findings", "nano, cost"]
-    assert without["nano, findings"] == tables.outcomes(rows)  # of the paper's claims and ours beside them alone
+    found = tables.markdown_table(tables.findings_table(rows))  # of the paper's claims and ours beside them alone
+    assert without["nano, findings"] == found
+    assert "| RL after SFT raises the SFT loss (A1) | rises sharply | +0.150 [+0.100, +0.200] | reproduced |" in found
+    assert "| claim | the paper | here, 3 replications | verdict |" in found
     assert "took 10 s" in without["nano, cost"]
     assert "| A1: RL after SFT raises the SFT loss | rises sharply | +0.200 |" in without["nano"]
     assert "| SFT → RL | 0.560 |" in without["nano"]
@@ -228,25 +231,18 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
 @pytest.mark.parametrize(
     ("verdicts", "words"),
     [
-        (
-            ("reproduced", "reproduced", "reproduced", "not reproduced"),
-            ("raised", "above", "lowered the", "raised that"),
-        ),
-        (
-            ("not reproduced", "not reproduced", "not reproduced", "reproduced"),
-            ("lowered", "below", "raised", "lowered"),
-        ),
-        (
-            ("inconclusive",) * 4,
-            ("may or may not have raised", "about at", "may or may not have lowered", "may or may"),
-        ),
+        ("++++", ("raised", "above", "lowered the", "lowered that")),
+        ("+++-", ("raised", "above", "lowered the", "raised that")),
+        ("---+", ("lowered", "below", "raised the", "lowered that")),
+        ("????", ("may or may not have raised", "about at", "may or may not have lowered the", "may or may not")),
     ],
 )
 def test_the_answer_follows_from_the_verdicts(rows, verdicts, words):
-    known = dict(zip(("A1", "A2", "B2", "B3"), verdicts, strict=True))
+    meaning = {"+": "reproduced", "-": "not reproduced", "?": "inconclusive"}
+    known = {name: meaning[sign] for name, sign in zip(("A1", "A2", "B2", "B3"), verdicts, strict=True)}
     told = [row | {"verdict": known.get(row["id"], "inconclusive")} for row in rows]
     first, second = tables.answer_sentences(told)
-    assert first.startswith(f"RL after SFT {words[0]} the SFT loss, by +0.200 nats [")
+    assert first.startswith(f"RL after SFT {words[0]} the SFT loss, by +0.150 nats [+0.100, +0.200], to")
     assert f", to {words[1]} the base model's (" in first
     assert second.startswith(f"SFT after RL {words[2]}")
     assert f", and {words[3]}" in second
