@@ -13,7 +13,12 @@ RANDOM_WEIGHTS ?=
 # Empty: this machine. local, or the address of a running scheduler: a Dask cluster.
 SCHEDULER ?=
 # On processors runs are side by side with a thread each; studies of real models share a GPU one after the other.
-JOBS    ?= $(if $(and $(wildcard /dev/nvidia0),$(filter-out nano tiny,$(PROFILE))),1,$(shell nproc 2>/dev/null || echo 2))
+ifndef JOBS
+JOBS    := $(if $(and $(wildcard /dev/nvidia0),$(filter-out nano tiny,$(value PROFILE))),1,$(shell nproc 2>/dev/null || echo 2))
+endif
+# What a user writes is text, and never a rule or a command: options are read by $(value), and not handed to the
+# environment of recipes, for which make would expand them.
+unexport $(OPTIONS)
 
 # A misspelt option would start another study than the one that was meant.
 GIVEN   := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
@@ -37,7 +42,7 @@ endif
 quoted   = '$(subst ','\'',$(value $(1)))'
 STUDY    = --profile=$(call quoted,PROFILE) --data=$(call quoted,DATA) --model=$(call quoted,MODEL) --set=$(call quoted,SET) \
            --seeds=$(call quoted,SEEDS)
-HOW      = --scheduler=$(call quoted,SCHEDULER) --jobs='$(subst ','\'',$(JOBS))'
+HOW      = --scheduler=$(call quoted,SCHEDULER) --jobs=$(call quoted,JOBS)
 WORKFLOW = $(PYTHON) -m nondecoupling.workflow
 KERNELS  = JUPYTER_PATH='$(subst ','\'',$(CURDIR))/src/nondecoupling/workflow/jupyter'
 
@@ -68,7 +73,7 @@ betas: $(READY) ## also RL at other prices of the KL: 9 min more
 everything: $(READY) ## all of these
 	@$(WORKFLOW) everything $(STUDY) $(HOW)
 
-seeds: SEEDS := $(or $(SEEDS),0-19)
+seeds: SEEDS := $(or $(value SEEDS),0-19)
 seeds: $(READY) ## reproduce with more seeds (SEEDS=0-19): 10 min more
 	@$(WORKFLOW) reproduce $(STUDY) $(HOW)
 
@@ -85,7 +90,7 @@ lab: $(READY) ## open JupyterLab on the notebooks, explore.ipynb first
 	@$(KERNELS) $(PYTHON) -m jupyterlab notebooks/explore.ipynb
 
 bench: $(READY) ## time and memory of PROFILE here (RANDOM_WEIGHTS=1: no hub)
-	@$(WORKFLOW) bench $(STUDY) $(if $(RANDOM_WEIGHTS),--random-weights)
+	@$(WORKFLOW) bench $(STUDY) $(if $(value RANDOM_WEIGHTS),--random-weights)
 
 score: $(READY) ## lm-evaluation-harness on finished policies, beside our numbers
 	@$(WORKFLOW) score $(STUDY)

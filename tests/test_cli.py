@@ -217,3 +217,20 @@ def test_clean_removes_this_study_only(results, capsys):
         (results / name / "data").mkdir(parents=True)
     assert main(["clean", "--set", "rl.beta=0.25"]) == 0
     assert [path.name for path in results.iterdir()] == ["nano"]
+
+
+@pytest.mark.parametrize("option", ["PROFILE", "SEEDS", "JOBS", "DATA", "MODEL", "SET", "SCHEDULER", "RANDOM_WEIGHTS"])
+def test_no_option_is_a_command(results, tmp_path, option):
+    """Neither make nor the shell does what is in it, on the command line or in the environment."""
+    made = [tmp_path / name for name in ("make", "shell", "quote")]
+    odd = "$(shell touch {})`touch {}`'; touch {}; '".format(*made)
+    for words, environment in (([f"{option}={odd}"], {}), ([], {option: odd})):
+        make("list", *words, **environment)
+        assert not [path for path in made if path.exists()]
+
+
+def test_a_dollar_is_a_dollar(results):
+    done = make("list", "PROFILE=tiny", 'SET=prompt.template="Worth $5 or $HOME? {sentence}"', "SEEDS=0")
+    assert done.returncode == 0, done.stderr
+    done = make("reproduce", "--dry-run", 'SET=prompt.acceptable="$5 or $HOME"')
+    assert "$5 or $HOME" in done.stdout
