@@ -224,8 +224,8 @@ def test_no_option_is_a_command(results, tmp_path, option):
     """Neither make nor the shell does what is in it, on the command line or in the environment."""
     made = [tmp_path / name for name in ("make", "shell", "quote")]
     odd = "$(shell touch {})`touch {}`'; touch {}; '".format(*made)
-    for words, environment in (([f"{option}={odd}"], {}), ([], {option: odd})):
-        make("list", *words, **environment)
+    for words, surroundings in (([f"{option}={odd}"], {}), ([], {option: odd})):
+        make("list", *words, **surroundings)
         assert not [path for path in made if path.exists()]
 
 
