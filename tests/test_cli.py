@@ -1,8 +1,12 @@
 """What is refused at once and in one sentence, and what the Makefile says when asked."""
 
 import json
+import os
+import platform
 import re
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +14,7 @@ from making import REPOSITORY, environment, make
 from nondecoupling.study.study import load_study
 from nondecoupling.task import grammar
 from nondecoupling.workflow.__main__ import main
+from nondecoupling.workflow.executor import alone
 
 
 @pytest.fixture
@@ -234,3 +239,31 @@ def test_a_dollar_is_a_dollar(results):
     assert done.returncode == 0, done.stderr
     done = make("reproduce", "--dry-run", 'SET=prompt.acceptable="$5 or $HOME"')
     assert "$5 or $HOME" in done.stdout
+
+
+@pytest.mark.parametrize("action", ["reproduce", "clean"])
+def test_a_study_that_is_being_made_is_left_alone(results, capsys, no_kernel, action):
+    root = results / "tiny"
+    with alone(root):
+        assert main([action, "--profile=tiny"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"error: {root} is being made by process {os.getpid()} on {platform.node()}; wait for it, or stop it."
+    )
+    assert {path.name for path in root.iterdir()} == {".lock"}
+    assert main(["clean", "--profile=tiny"]) == 0  # whoever made it is done
+    assert not root.exists()
+
+
+def test_the_lock_ends_with_the_process_that_holds_it(results):
+    root = results / "tiny"
+    imports = "from pathlib import Path; from nondecoupling.workflow.executor import alone"
+    holding = f"{imports}\nwith alone(Path({str(root)!r})): print('held', flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", holding], **pipes) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(RuntimeError, match=f"is being made by process {holder.pid} on"), alone(root):
+            pass
+        holder.kill()
+    with alone(root):
+        pass

@@ -14,7 +14,7 @@ from nondecoupling.study.plan import SUMMARIES, Group
 from nondecoupling.study.results import collect, write_results
 from nondecoupling.study.study import Study, load_study, nearest, parse_overrides, parse_seeds
 from nondecoupling.workflow import graph, notebooks
-from nondecoupling.workflow.executor import make_study
+from nondecoupling.workflow.executor import alone, make_study
 
 STUDIES: dict[str, list[Group]] = {
     "reproduce": ["main"],
@@ -113,8 +113,10 @@ def make_smollm2(args: Arguments) -> None:
 
 
 def clean(args: Arguments) -> None:
-    shutil.rmtree(folders.study_folder(args.study), ignore_errors=True)
-    print(f"removed {folders.study_folder(args.study)}")
+    root = folders.study_folder(args.study)
+    with alone(root):
+        shutil.rmtree(root, ignore_errors=True)
+    print(f"removed {root}")
 
 
 ACTIONS: dict[str, Callable[[Arguments], None]] = {

@@ -4,13 +4,15 @@ With SCHEDULER= the same recipes are carried to a Dask cluster one by one (`carr
 """
 
 import difflib
+import fcntl
 import os
+import platform
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from nondecoupling.study import folders
@@ -29,7 +31,7 @@ from nondecoupling.workflow.graph import (
 )
 from nondecoupling.workflow.notebooks import quiet_environment
 
-RULES = "plan.mk"
+RULES, LOCK = "plan.mk", ".lock"
 FINISHED = re.compile(r" · \d+:\d\d$")  # the line of a finished notebook
 
 
@@ -64,29 +66,52 @@ def make_study(
     groups = list(dict.fromkeys([*groups, *finished_groups(study, seeds)]))
     parts = parts_of(study, seeds, groups)
     goal = goal_of(root, parts, target) if target else "study"
-    write_settings(study, parts, seeds, groups)
-    rules = write_rules(root, parts, words)
-    fetch_inputs(study)
-    wanted = [part for part in needed_by(goal, parts) if part.name not in (TABLES, REPORT)]
-    notebooks = [part for part in stale_parts(root, parts) if part in wanted]
-    how = f"by {scheduler}" if "://" in scheduler else f"{jobs} at a time"
-    print(f"study '{study.name}': {len(notebooks)} of {len(wanted)} notebooks to execute, {how}", flush=True)
-    mention_gpu(study)
-    quiet_environment(study, jobs)  # as in the recipes
-    with (
-        carry.local_scheduler(jobs) if scheduler == "local" else nullcontext(scheduler) as address,
-        kernels.warm_kernels() if notebooks and not scheduler else nullcontext(),
-    ):
-        command = ["make", "--no-print-directory", "-C", str(root), f"-j{jobs}", "-f", rules.name, goal]
-        if address:
-            carry.connect(address).close()  # or one sentence, before anything is begun
-            launcher = shlex.join([sys.executable, "-m", "nondecoupling.workflow.carry", address])
-            command += ["--keep-going", f"CARRY={launcher.replace('$', '$$')}"]  # a failure stops only what needs it
-        failed = run_make(command, len(notebooks))
+    with alone(root):
+        write_settings(study, parts, seeds, groups)
+        rules = write_rules(root, parts, words)
+        fetch_inputs(study)
+        wanted = [part for part in needed_by(goal, parts) if part.name not in (TABLES, REPORT)]
+        notebooks = [part for part in stale_parts(root, parts) if part in wanted]
+        how = f"by {scheduler}" if "://" in scheduler else f"{jobs} at a time"
+        print(f"study '{study.name}': {len(notebooks)} of {len(wanted)} notebooks to execute, {how}", flush=True)
+        mention_gpu(study)
+        quiet_environment(study, jobs)  # as in the recipes
+        with (
+            carry.local_scheduler(jobs) if scheduler == "local" else nullcontext(scheduler) as address,
+            kernels.warm_kernels() if notebooks and not scheduler else nullcontext(),
+        ):
+            command = ["make", "--no-print-directory", "-C", str(root), f"-j{jobs}", "-f", rules.name, goal]
+            if address:
+                carry.connect(address).close()  # or one sentence, before anything is begun
+                launcher = shlex.join([sys.executable, "-m", "nondecoupling.workflow.carry", address])
+                command += [
+                    "--keep-going",
+                    f"CARRY={launcher.replace('$', '$$')}",
+                ]  # a failure stops only what needs it
+            failed = run_make(command, len(notebooks))
     if failed:
         raise RuntimeError(
             "the study is not complete; what is finished is kept, and the same command goes on from there."
         )
+
+
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Be the only one who makes the study in ``root``; RuntimeError that names who does, if somebody else does already.
+
+    The lock is the operating system's, and ends with the process that holds it, however that ends.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / LOCK).open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise RuntimeError(f"{root} is being made by {lock.read()}; wait for it, or stop it.") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        yield
 
 
 def goal_of(root: Path, parts: list[Part], target: str) -> str:
