@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -419,8 +420,24 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("run", ["sft", "sft-rl", "sft-rl-random", "joint-m0.5", "reward-model"])
-def test_an_interrupted_stage_ends_as_if_nothing_had_happened(tiny_sft, prepare, capsys, run):
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "damage"),
+    [
+        ("sft", "optimizer.pt", flip),
+        ("sft-rl", "adapter_model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-9])),
+        ("sft-rl-random", folders.HASHES, Path.unlink),  # as if it had been interrupted while it was written
+        ("joint-m0.5", folders.MEASURED, lambda path: path.write_text(path.read_text().replace("1", "2", 1))),
+        ("reward-model", "trainer_state.json", Path.unlink),
+    ],
+)
+def test_an_interrupted_stage_ends_as_if_nothing_had_happened(tiny_sft, prepare, capsys, run, name, damage):
+    """Even if the last checkpoint was damaged meanwhile: it goes on from the one before."""
     steps = {f"{section}.steps": 6 for section in ("sft", "rl", "joint", "reward_model")}
     changes = steps | {"evaluation.points": 4}  # measured and saved at steps 0, 2, 4 and 6
     whole = prepare(run, changes=changes)
@@ -434,12 +451,14 @@ def test_an_interrupted_stage_ends_as_if_nothing_had_happened(tiny_sft, prepare,
     with run_trainer_replaced(until_ctrl_c), pytest.raises(KeyboardInterrupt):
         train(prepare(run, changes=changes))
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    (folder / "checkpoint-4" / folders.MEASURED).unlink()  # as if it had been interrupted while it was written
+    damage(folder / "checkpoint-4" / name)
 
     capsys.readouterr()
     again = prepare(run, changes=changes)
     found = train(again)
-    assert "going on from checkpoint 2 of 6" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "going on from checkpoint 2 of 6" in said
+    assert ("checkpoint-4 was damaged, and is not used" in said) == (name != folders.HASHES)
     pd.testing.assert_frame_equal(found.trajectory, expected.trajectory)
     shown = ["step", "loss", "grad_norm"]
     pd.testing.assert_frame_equal(found.log[shown], expected.log[shown])
@@ -468,6 +487,7 @@ def interrupted(tiny_sft, prepare, monkeypatch, tmp_path):
     checkpoint.mkdir()
     measured = {"trajectory": [], "log": [], "seconds": 0.0, "measuring": 0.0}
     folders.write_json(checkpoint / folders.MEASURED, measured)
+    folders.write_hashes(checkpoint)
     return stage
 
 

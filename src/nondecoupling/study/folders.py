@@ -16,8 +16,8 @@ from nondecoupling.study.study import Study
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 METRICS, TRAJECTORY, LOG, POLICY = "metrics.json", "trajectory.csv", "log.csv", "policy"
-MEASURED = "measured.json"  # the last file of a checkpoint
-HASHES = "sha256.json"  # of every file that a run published
+MEASURED = "measured.json"  # what a stage had measured at a checkpoint
+HASHES = "sha256.json"  # of every file of a published run, or of a checkpoint; the last that is written
 
 
 def results_root() -> Path:
@@ -102,18 +102,35 @@ def checkpoints_folder(root: Path, run: Run, seed: int) -> Path:
 def last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path | None:
     """The newest whole checkpoint in ``folder`` of a run of the same ``identity``, None if there is none.
 
-    Whatever else is in the folder is removed, and ``identity`` is left there for the next attempt.
+    Whatever else is in the folder is removed, a damaged checkpoint with a line that says so, and ``identity`` is left
+    there for the next attempt.
     """
     owner = folder / "identity.json"
-    if not owner.exists() or read_json(owner) != identity:
+    try:
+        known = read_json(owner)
+    except (OSError, ValueError):
+        known = None
+    if known != identity:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_json(owner, identity)
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{MEASURED}")]
+    whole = []
     for path in folder.glob("checkpoint-*"):
-        if path not in whole:
+        if (path / HASHES).exists() and is_as_written(path):
+            whole.append(path)
+        else:
+            if (path / HASHES).exists():
+                print(f"{path.name} was damaged, and is not used")
             shutil.rmtree(path)
     return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
+def is_as_written(folder: Path) -> bool:
+    """Whether all files on the folder's list of hashes are what they were, the list itself included."""
+    try:
+        return changed_file(folder, read_json(folder / HASHES)) is None
+    except (ValueError, AttributeError):
+        return False
 
 
 def publish(partial: Path) -> Path:

@@ -91,9 +91,10 @@ class StageCallback(TrainerCallback):
         control.should_save = state.global_step in self.at and state.global_step < state.max_steps
 
     def on_save(self, args, state, control, **kwargs):
-        # Written last: a checkpoint with this file is whole.
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         measured = {"trajectory": self.rows, "log": self.log, "seconds": self.seconds(), "measuring": self.measuring}
-        folders.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / folders.MEASURED, measured)
+        folders.write_json(folder / folders.MEASURED, measured)
+        folders.write_hashes(folder)  # last: a checkpoint that has them is whole
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
