@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -495,6 +496,8 @@ def goes_on(stage):
     """Whether a stage begins at its checkpoint; it is not trained."""
 
     class Idle:
+        state = SimpleNamespace(global_step=3)
+
         def remove_callback(self, callback):
             pass
 
@@ -573,3 +576,18 @@ def test_only_answers_are_projected_onto_the_vocabulary(prepare):
     trainer_of(stage).train()
     answers = stage.settings.sft.batch_size * 2  # one token and its end of turn each
     assert positions == [1, answers]  # the one where the common start ends comes along
+
+
+def test_a_stage_that_does_not_start_at_its_parent_is_refused(tiny_sft, prepare):
+    stage = prepare("sft-rl")
+    disturb(stage.policy)  # as if its base had been exchanged
+    with pytest.raises(RuntimeError, match=r"'sft-rl' does not start where 'sft' ended: KL .* nats on dev"):
+        train(stage)
+
+
+def test_a_stage_that_takes_fewer_steps_than_it_should_is_no_result(prepare):
+    stage = prepare("rl", changes={"rl.steps": 3})
+    short = stage.corpus[stage.corpus["split"] != "train"]
+    few = stage.corpus[stage.corpus["split"] == "train"].head(stage.settings.rl.prompts_per_step - 1)
+    with pytest.raises((RuntimeError, ValueError)):
+        train(stage._replace(corpus=pd.concat([short, few])))

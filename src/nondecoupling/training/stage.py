@@ -162,17 +162,28 @@ def run_trainer(
 
     ``samples`` are the answers that the stage reads, for its speed; ``measure`` measures the policy as it is;
     ``to_lower`` is the setting that saves memory. ``check_start`` judges the first metrics; ``refers`` says that the
-    first step has a KL to the policy that the stage starts from, which must then be 0.
+    first step has a KL to the policy that the stage starts from, which must then be 0. Raises RuntimeError where a
+    stage does not start at its parent, or does not take its steps.
     """
     settings = stage.settings
     dev = corpora.fixed_subset(stage.corpus, "dev", settings.evaluation.along_size)
     # Only where arithmetic is exact do two passes over the same rows agree to the last digits.
     exact = settings.model.dtype == "float32" and settings.model.quantization == "none"
+    tolerance = 1e-5 if exact else 1e-2  # nats of KL
+
+    def begin(start: dict[str, float]) -> None:
+        if not start.get("kl_to_parent", 0.0) < tolerance:
+            raise RuntimeError(
+                f"Run '{stage.run.name}' does not start where '{stage.run.parent}' ended: KL {start['kl_to_parent']:.2g}"
+                f" nats on dev. The model in {stage.base} is not the one that '{stage.run.parent}' was trained from."
+            )
+        check_start(start)
+
     callback = StageCallback(
         evaluation_steps(steps, settings.evaluation.points),
         lambda: measure({"dev": dev})[0]["dev"],
-        check_start,
-        reference_tolerance=None if not refers else 1e-5 if exact else 1e-2,
+        begin,
+        reference_tolerance=tolerance if refers else None,
     )
     parents = folders.parent_hashes(stage.study, stage.root, stage.run, stage.seed)
     identity = fingerprint(stage.study, stage.run.name) | {"parents": parents}
@@ -185,6 +196,11 @@ def run_trainer(
         print(f"going on from {checkpoint.name.replace('-', ' ')} of {steps}")
     with memory_explained(to_lower, "evaluation.batch_size"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.state.global_step != steps:
+        raise RuntimeError(
+            f"Run '{stage.run.name}' took {trainer.state.global_step} of its {steps} steps: there are too few sentences"
+            f" for a step; lower the batch (sft.batch_size, rl.prompts_per_step) or give more."
+        )
     seconds, (trained, total) = callback.seconds(), models.count_parameters(stage.policy)
     training = {
         "steps": steps,
