@@ -72,6 +72,29 @@ def test_other_answer_words_are_read_as_they_are_written():
 
 
 @pytest.mark.parametrize(
+    ("unacceptable", "acceptable", "answer", "label"),
+    [
+        ("No.", "Yes.", "No, the verb is missing", 0),
+        ("No.", "Yes.", "Yes", 1),
+        ("No.", "Yes.", "yes! It is not wrong", 1),
+        ("No.", "Yes.", "Nothing is known", None),
+        ("B", "A", "B, because a verb is missing", 0),
+        ("B", "A", "Answer: A", 1),
+        ("b", "a", "A sentence", None),
+        ("0", "1", "1", 1),
+        ("0", "1", "10 words", None),
+        ("不可以", "可以", "这句话不可以。", 0),  # which contains the other answer
+        ("不可以", "可以", "这句话可以", 1),
+        ("nein", "ja", "Ja, das geht. Nein!", 0),
+        ("-", "+", "it is +", 1),  # no words at all
+    ],
+)
+def test_words_are_read_as_words(unacceptable, acceptable, answer, label):
+    prompt = PROMPT.model_copy(update={"unacceptable": unacceptable, "acceptable": acceptable})
+    assert prompts.parse_robust(prompt, answer) == label
+
+
+@pytest.mark.parametrize(
     ("label", "parsed", "earned"),
     [(1, 1, 1.0), (0, 0, 1.0), (1, 0, -1.0), (0, 1, -1.0), (1, None, -1.0), (0, None, -1.0)],
 )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from nondecoupling.study.profile import Prompt
 
 if TYPE_CHECKING:  # reading answers needs no transformers, whose import takes seconds
     from transformers import PreTrainedTokenizerBase
+
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # Thai to Chinese
 
 # No demonstration contains a chain of thought, so thinking is off in every prompt of every stage.
 TEMPLATE_OPTIONS: dict[str, Any] = {"enable_thinking": False}
@@ -81,11 +84,26 @@ def parse_other_wording(prompt: Prompt, answer: str) -> int | None:
 
 
 def parse_robust(prompt: Prompt, answer: str) -> int | None:
-    """Label mentioned last in the answer, whole words in any case, else None (the paper's evaluation)."""
-    labels = {text.lower(): label for label, text in enumerate(responses(prompt))}
-    pattern = "|".join(rf"(?<!\w){re.escape(text)}(?!\w)" for text in sorted(labels, key=len, reverse=True))
-    mentions = re.findall(pattern, answer.lower())
-    return labels[mentions[-1]] if mentions else None
+    """Label whose words are mentioned last in the answer, else None (the paper's evaluation).
+
+    Words are read as words: in any case, whatever punctuation is beside them, also where the prompt's own answer has
+    some ("Yes, it is" says "Yes."). A single letter must be as it is written ("a verb" does not say A). In scripts that
+    put no spaces between words, words may be anywhere.
+    """
+    mentions = list(mentions_of(responses(prompt)).finditer(answer))
+    return int(str(mentions[-1].lastgroup)[-1]) if mentions else None
+
+
+@lru_cache
+def mentions_of(answers: tuple[str, str]) -> re.Pattern[str]:
+    """What finds the words of two answers in a text, each as a group named by its label, the longer one first."""
+    patterns = []
+    for label, text in enumerate(answers):
+        words = re.sub(r"^\W+|\W+$", "", text) or text
+        pattern = re.escape(words) if UNSPACED.search(words) else rf"(?<!\w){re.escape(words)}(?!\w)"
+        letter = len(words) == 1 and words.isalpha() and not UNSPACED.search(words)
+        patterns.append((len(words), f"(?P<label{label}>{pattern if letter else f'(?i:{pattern})'})"))
+    return re.compile("|".join(pattern for _, pattern in sorted(patterns, reverse=True)))
 
 
 def reward(label: int, parsed: int | None) -> float:

@@ -174,8 +174,8 @@ def run_trainer(
     def begin(start: dict[str, float]) -> None:
         if not start.get("kl_to_parent", 0.0) < tolerance:
             raise RuntimeError(
-                f"Run '{stage.run.name}' does not start where '{stage.run.parent}' ended: KL {start['kl_to_parent']:.2g}"
-                f" nats on dev. The model in {stage.base} is not the one that '{stage.run.parent}' was trained from."
+                f"Run '{stage.run.name}' does not start where '{stage.run.parent}' ended: their KL on dev is "
+                f"{start['kl_to_parent']:.1g} nats. The model in {stage.base} is not the one that was trained before."
             )
         check_start(start)
 
