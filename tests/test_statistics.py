@@ -137,6 +137,25 @@ def test_one_far_draw_among_several_cannot_hide_in_its_own_spread():
     assert further_draws_test(fresh, known).p_value < 1e-12
 
 
+def test_what_partners_share_does_not_hide_a_small_change():
+    shared = np.random.default_rng(0).normal(size=10)
+    changes = np.array([0.11, 0.09, 0.1, 0.105, 0.095])
+    fresh = shared[:5] + changes
+    assert further_draws_test(fresh, shared).p_value > 0.1
+    test = further_draws_test(fresh, shared, changes)
+    assert test.p_value == pytest.approx(3 * stats.ttest_1samp(changes, 0).pvalue)
+    assert test.p_value < 1e-4
+
+
+def test_partners_that_are_alike_pass_as_often_as_they_should():
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(1000):
+        shared = rng.normal(size=10)
+        known, fresh = shared + 0.3 * rng.normal(size=10), shared[:5] + 0.3 * rng.normal(size=5)
+        found += further_draws_test(fresh, known, fresh - known[:5]).p_value < 0.05
+    assert 5 <= found <= 71  # at least the paired test's third of 5 %, at most all of it, each with three deviations
+
+
 @pytest.mark.parametrize("known", [[0.3], [0.3, 0.3, 0.3]])
 def test_draws_without_spread_say_nothing_about_further_ones(known):
     with pytest.raises(ValueError, match="without spread"):

@@ -6,10 +6,11 @@ quantity:
 * Where both sides have the same seeds and none differs by more than `TOLERANCE`, there is nothing to test.
 * What is the same in all of the reference's replications (a published model, measured once) must be the same here, to
   `TOLERANCE`.
-* Else it is tested whether the fresh values are further draws of what the reference's are draws of
-  (`statistics.further_draws_test`), with Holm's correction over all quantities that are tested: if both sides are
-  alike, the chance that any fails is at most `FAMILYWISE`. Holm's correction holds for quantities that hang together,
-  as differences of others do here, and overlooks less than Bonferroni's.
+* Else it is tested whether the fresh values are further draws of what the reference's are draws of, and where seeds are
+  the same, and with them the sentences, also seed by seed (`statistics.further_draws_test`), with Holm's correction
+  over all quantities that are tested: if both sides are alike, the chance that any fails is at most `FAMILYWISE`.
+  Holm's correction holds for quantities that hang together, as differences of others do here, and overlooks less than
+  Bonferroni's.
 """
 
 import textwrap
@@ -63,12 +64,14 @@ def compare(fresh: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
             continue
         old, gap = old_by_name[name], np.inf
         constant = len(old) > 1 and np.ptp(old) <= ROUNDING
-        if constant or new.index.isin(old.index).all():
+        partners = new.index.isin(old.index).all()  # replications of the same sentences
+        if constant or partners:
             gap = (new - (old.iloc[0] if constant else old[new.index])).abs().max(skipna=False)
         if gap <= TOLERANCE:
             p_values.append(None)
         else:
-            p_values.append(0.0 if constant else further_draws_test(new, old).p_value)
+            changes = new - old[new.index] if partners else None
+            p_values.append(0.0 if constant else further_draws_test(new, old, changes).p_value)
         spread = np.nan if constant else old.std()
         rows.append(
             {

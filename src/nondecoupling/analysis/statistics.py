@@ -115,13 +115,16 @@ def equivalence_test(differences: ArrayLike, margin: float) -> Significance:
     return Significance("TOST", float(statistic), float(p_value))
 
 
-def further_draws_test(fresh: ArrayLike, known: ArrayLike) -> Significance:
+def further_draws_test(fresh: ArrayLike, known: ArrayLike, changes: ArrayLike | None = None) -> Significance:
     """Two-sided test that ``fresh``, of shape (k,), are further draws of what ``known`` are, of shape (n,) with n > 1.
 
     That is the pooled two-sample t-test of the means; for k = 1 the spread is that of ``known``. Several are also
     judged one by one, each against ``known`` alone: a single far one brings its own spread into the pool and can hide
-    in it (t of one among five stays below 2.2 however far it is). p is then twice the smaller of the two tests' p, the
-    second's for the farthest of k. Raises ValueError if ``known`` has one value or no spread, or one is not finite.
+    in it (t of one among five stays below 2.2 however far it is). Where each fresh draw has a partner among the known
+    ones, with which it shares what it is drawn from, ``changes`` (k,) are fresh minus partner, and a paired t-test asks
+    whether their mean is zero: what partners share does not hide a small change. p is the smallest of the tests' p
+    (of the farthest draw after Bonferroni's correction for k) times their number. Raises ValueError if ``known`` has
+    one value or no spread, or one is not finite.
     """
     new, old = _sample(fresh), _sample(known)
     if len(old) < 2 or _all_equal(old):
@@ -129,11 +132,13 @@ def further_draws_test(fresh: ArrayLike, known: ArrayLike) -> Significance:
     of_known = old.mean(), old.std(ddof=1), len(old)
     own_spread = new.std(ddof=1) if len(new) > 1 else 0.0
     means = stats.ttest_ind_from_stats(new.mean(), own_spread, len(new), *of_known)
-    p = float(means.pvalue)
+    found = [float(means.pvalue)]
     if len(new) > 1:
         farthest = stats.ttest_ind_from_stats(new, 0.0, 1, *of_known).pvalue.min()
-        p = min(1.0, 2 * min(p, len(new) * float(farthest)))
-    return Significance("pooled t", float(means.statistic), p)
+        found.append(len(new) * float(farthest))
+        if changes is not None:
+            found.append(paired_test(changes).p_value)
+    return Significance("pooled t", float(means.statistic), min(1.0, len(found) * min(found)))
 
 
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> Significance:
