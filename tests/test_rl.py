@@ -32,23 +32,24 @@ def answer_ids(stage, texts):
 def test_only_the_other_wording_is_paid_and_the_true_reward_is_measured_beside_it(prepare):
     stage = prepare("rl", changes={"rl.reward": "other_wording"})
     told = functions(stage)
-    assert list(told) == ["label_reward", "gold"]
+    assert list(told) == ["label_reward", "gold", "off_format"]
     completions = answer_ids(stage, ["acceptable.", "acceptable", "unacceptable.", "unacceptable", "what"])
     labels = [1] * 5
     assert told["label_reward"](completion_ids=completions, label=labels) == [1, -1, -1, -1, -1]
     assert told["gold"](completion_ids=completions, label=labels) == [1, 1, -1, -1, -1]
-    assert rl.rl_arguments(stage, stage.settings.rl)["reward_weights"] == [1.0, 0.0]
+    assert told["off_format"](completion_ids=completions, label=labels) == [0, 1, 0, 1, 1]
+    assert rl.rl_arguments(stage, stage.settings.rl)["reward_weights"] == [1.0, 0.0, 0.0]
 
 
 def test_a_label_that_a_coin_drew_is_paid_and_the_true_reward_is_measured_beside_it(prepare, built_sft):
     stage = prepare("sft-rl-random")
     told = functions(stage)
-    assert list(told) == ["drawn", "gold"]
+    assert list(told) == ["drawn", "gold", "off_format"]
     completions = answer_ids(stage, ["acceptable", "acceptable", "unacceptable", "unacceptable", "what"])
     known = {"completion_ids": completions, "label": [1] * 5, "drawn_label": [1, 0, 1, 0, 0]}
     assert told["drawn"](**known) == [1, -1, -1, 1, -1]
     assert told["gold"](**known) == [1, 1, -1, -1, -1]
-    assert rl.rl_arguments(stage, stage.settings.rl)["reward_weights"] == [1.0, 0.0]
+    assert rl.rl_arguments(stage, stage.settings.rl)["reward_weights"] == [1.0, 0.0, 0.0]
 
 
 def test_the_coin_is_thrown_once_for_each_sentence_and_knows_nothing_of_its_label(prepare, built_sft):
@@ -75,7 +76,7 @@ def test_every_answer_to_a_sentence_is_paid_for_the_same_label_in_every_epoch(pr
     seen, reward_functions = [], rl.reward_functions
 
     def noted(stage):
-        drawn, gold = reward_functions(stage)
+        drawn, gold, off_format = reward_functions(stage)
 
         def recording(prompts, drawn_label, **more):
             seen.extend((chat[-1]["content"], label) for chat, label in zip(prompts, drawn_label, strict=True))
@@ -207,14 +208,10 @@ def test_an_rl_step_follows_the_gradients_of_reward_and_divergence(prepare):
     25,600 answers; the tolerances tell 1/2 from 1.
     """
     group, copies, beta = 2, 200, 2.0
-    changes = {
-        "rl.beta": beta,
-        "rl.answers_per_prompt": group,
-        "rl.prompts_per_step": 8 * copies,
-        "rl.steps": 8,
-        "prompt.max_new_tokens": 1,
-    }
-    stage = prepare("rl", changes=changes)
+    stage = prepare("rl", changes={"rl.beta": beta, "rl.answers_per_prompt": group, "rl.steps": 8})
+    many = stage.settings.rl.model_copy(update={"prompts_per_step": 8 * copies})  # of the same eight sentences
+    cut = stage.settings.prompt.model_copy(update={"max_new_tokens": 1})
+    stage = stage._replace(settings=stage.settings.model_copy(update={"rl": many, "prompt": cut}))
     corpus = stage.corpus[(stage.corpus["split"] == "train") & (stage.corpus["label"] == 1)].iloc[:8]
     stage = stage._replace(corpus=pd.concat([corpus] * copies, ignore_index=True))
     questions = prompts.prompt_ids(stage.tokenizer, stage.settings.prompt, corpus["sentence"])

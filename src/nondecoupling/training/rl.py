@@ -144,9 +144,10 @@ def sample_answers(stage: Stage, questions: list[list[int]]) -> list[list[int]]:
 
 
 def reward_functions(stage: Stage) -> list[Callable[..., list[float]]]:
-    """What pays an answer according to ``rl.reward``, and, where that is not the true reward, ``gold``, which pays 0.
+    """What pays an answer according to ``rl.reward``, then what pays nothing and is there for the log, means by step.
 
-    ``gold`` is the true reward with the robust reading; trl logs its mean beside that of the reward that pays.
+    ``gold`` is the true reward with the robust reading, where another one pays; ``off_format`` is 1 for an answer in
+    which the reading that pays finds no label.
     """
     prompt, tokenizer, paid = stage.settings.prompt, stage.tokenizer, stage.settings.rl.reward
     paid_reading = {"strict": parse_strict, "other_wording": parse_other_wording}.get(paid, parse_robust)
@@ -157,6 +158,9 @@ def reward_functions(stage: Stage) -> list[Callable[..., list[float]]]:
 
     def gold(completion_ids, label, **_):
         return label_reward(completion_ids, label, parse_robust)
+
+    def off_format(completion_ids, **_):
+        return [float(paid_reading(prompt, answer) is None) for answer in answer_texts(tokenizer, completion_ids)]
 
     def drawn(completion_ids, drawn_label, **_):
         return label_reward(completion_ids, drawn_label)
@@ -173,7 +177,7 @@ def reward_functions(stage: Stage) -> list[Callable[..., list[float]]]:
         "random": [drawn, gold],
         "proxy": [proxy, gold],
     }
-    return special.get(paid, [label_reward])
+    return [*special.get(paid, [label_reward]), off_format]
 
 
 def rl_arguments(stage: Stage, settings: Rl | Joint) -> dict[str, Any]:
@@ -185,7 +189,7 @@ def rl_arguments(stage: Stage, settings: Rl | Joint) -> dict[str, Any]:
         "steps_per_generation": 1,
         "max_completion_length": stage.settings.prompt.max_new_tokens,
         "temperature": 1.0,
-        "reward_weights": [1.0, 0.0][: len(paying)],
+        "reward_weights": [1.0, *[0.0] * (len(paying) - 1)],
         "chat_template_kwargs": TEMPLATE_OPTIONS,
     }
 
