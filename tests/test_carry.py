@@ -103,7 +103,14 @@ def test_a_failing_part_stops_only_what_needs_it(here, monkeypatch, capfd):
     printed = capfd.readouterr()
     assert printed.out.splitlines()[-1] == "[1/1] other · 0:02 · 100 % done"
     assert "error: it is broken" in printed.err.splitlines()
-    assert {file.name for file in (here / "tiny").iterdir()} == {"plan.mk", "settings", "first", "other", "late"}
+    assert {file.name for file in (here / "tiny").iterdir()} == {
+        ".lock",
+        "plan.mk",
+        "settings",
+        "first",
+        "other",
+        "late",
+    }
 
 
 # Workers that die

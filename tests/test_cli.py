@@ -164,7 +164,7 @@ def test_a_scheduler_that_cannot_be_used_is_said_in_one_line(results, no_kernel,
     for word in words:
         assert word in line
     assert printed.out.startswith("study 'nano': 8 of 8 notebooks to execute")
-    assert {path.name for path in (results / "nano").iterdir()} == {"plan.mk", "settings"}
+    assert {path.name for path in (results / "nano").iterdir()} == {".lock", "plan.mk", "settings"}
 
 
 # What make says

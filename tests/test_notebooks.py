@@ -106,7 +106,8 @@ def test_a_failing_notebook_leaves_its_traceback_and_no_result(results, tmp_path
     assert main(command) == 0
     mended = load_study("nano", data=str(folder))
     assert mended.name != study.name  # other data, another study
-    assert {path.name for path in (results / mended.name / "data").iterdir()} == {"metrics.json", "notebook.ipynb"}
+    kept = {path.name for path in (results / mended.name / "data").iterdir()}
+    assert kept == {"metrics.json", "sha256.json", "notebook.ipynb"}
     assert graph.status_lines(mended, [0])[1].split() == ["data", "~"]  # make has not noted what it depends on
 
 

@@ -75,7 +75,9 @@ def test_report_loads_nothing_and_every_figure_has_words(finished):
     results = finished("nano")
     page = page_of(results)
     loaded = re.findall(r'(?:src|href)="([^"]*)"|url\(|@import|<script', page)
-    assert all(target.startswith(("data:", "#")) for target in loaded)
+    links = re.findall(r'<a href="(https?:[^"]*)"', page)
+    assert set(links) == {"https://arxiv.org/abs/2601.07389"}  # which is followed by those who click
+    assert all(target.startswith(("data:", "#")) for target in loaded if target not in links)
     images = re.findall(r"<img [^>]*>", page)
     assert len(images) == len(list((results.folder / "figures").glob("*.svg"))) >= 9
     assert all(re.search(r'alt="[^"]{60,}"', image) for image in images)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_what_is_not_the_studys_own_is_kept_away(monkeypatch):
     assert left == {"MKL_NUM_THREADS", "OMP_NUM_THREADS", "LC_ALL"}
     assert os.environ["MKL_NUM_THREADS"] == os.environ["OMP_NUM_THREADS"] == "1"
     assert (os.environ["HOME"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("/home/me", "1")  # which are the user's choice
-    assert not os.listdir(os.environ["IPYTHONDIR"])
+    assert not list(Path(os.environ["IPYTHONDIR"]).rglob("*config.py"))
 
 
 @pytest.mark.parametrize(("jobs", "threads"), [(1, "4"), (2, "2"), (9, "1")])

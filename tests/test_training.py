@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 from trl import RewardTrainer, SFTTrainer
 
-from conftest import tiny
+from conftest import make_data, tiny
 from nondecoupling.study import fingerprint, folders
 from nondecoupling.task import prompts
 from nondecoupling.task.corpus import load_checked_corpus, with_true_labels
@@ -396,8 +396,21 @@ def test_data_that_changed_since_the_data_run_are_refused(tiny_base, monkeypatch
     assert len(load_checked_corpus(tiny_base, 1)) == 460
     with (place / "in_domain_dev.tsv").open("a") as lines:
         lines.write("x\t1\t\tOne more.\n")
-    with pytest.raises(ValueError, match="in_domain_dev.tsv has sha256 .* run 01_data again"):
+    with pytest.raises(RuntimeError, match="in_domain_dev.tsv is not the file that the run wrote"):
         load_checked_corpus(tiny_base, 1)
+
+
+def test_a_folder_of_the_users_that_changed_since_the_data_run_is_refused(tiny_base, monkeypatch, tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "results"
+    shutil.copytree(folders.study_folder(tiny_base) / "seed1" / "data", mine)
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(other))
+    study = tiny({"data.folder": str(mine)})
+    make_data(study)
+    assert len(load_checked_corpus(study, 0)) == 460
+    with (mine / "in_domain_dev.tsv").open("a") as lines:
+        lines.write("x\t1\t\tOne more.\n")
+    with pytest.raises(ValueError, match="in_domain_dev.tsv has sha256 .* run 01_data again"):
+        load_checked_corpus(study, 0)
 
 
 def test_policies_are_measured_on_dev_and_a_part_of_train(prepare):
