@@ -222,6 +222,7 @@ def test_committed_files_keep_their_contracts(reference):
         "controls.json": list[contracts.ClaimRow],
         "theory.json": contracts.TheoryFile,
         "provenance.json": contracts.ProvenanceFile,
+        "score.json": list[contracts.Score],
     }
     for name, kind in files.items():
         if (reference / name).exists():

@@ -10,6 +10,8 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,8 @@ def harness_log_likelihoods(
             "metric_list": [{"metric": "acc"}, {"metric": "mcc"}],
         }
         judge = HFLM(pretrained=policy, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
-        done: Any = simple_evaluate(model=judge, tasks=[task], bootstrap_iters=0, log_samples=True)
+        with redirect_stderr(StringIO()):  # bars that ask nobody whether they are wanted
+            done: Any = simple_evaluate(model=judge, tasks=[task], bootstrap_iters=0, log_samples=True)
     samples = sorted(done["samples"][TASK], key=lambda sample: sample["doc_id"])
     logp = np.array([[float(answer[0][0]) for answer in sample["resps"]] for sample in samples])
     results = done["results"][TASK]
