@@ -11,7 +11,7 @@ from scipy.special import expit, log_expit, logit
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.identities import identity_gaps
-from nondecoupling.analysis.measures import best_temperature
+from nondecoupling.analysis.measures import best_temperature, temperature_of_least_loss
 from nondecoupling.analysis.predictions import agreement_of, known_agreement, label_log_odds, levels, policies_of
 from nondecoupling.analysis.statistics import over_seeds
 from nondecoupling.analysis.sweep import change_of, crossing, slope_of_shift, summarise_sweep
@@ -186,8 +186,7 @@ def losses(results: Results, run: str) -> np.ndarray:
 def calibration(results: Results) -> dict[str, OverSeeds]:
     """`measures.best_temperature` of each policy of the two experiments: above 1 it is overconfident."""
     return {
-        run: over_seeds([best_temperature(odds, table["label"]) for odds, table in policies_of(results, run)])
-        for run in STATES
+        run: over_seeds([temperature_of_least_loss(table) for _, table in policies_of(results, run)]) for run in STATES
     }
 
 

@@ -134,7 +134,8 @@ def policies_table(results: Results, *runs: str) -> pd.DataFrame:
     How often the likelier answer is the majority label's, how well log-odds rank sentences, and the temperature at
     which the policy's loss is least: 1 is calibrated, more is overconfident. Means over seeds.
     """
-    metrics, states = results.final(*runs), states_table(results.final(*runs))
+    metrics = results.final(*runs)
+    states = states_table(metrics)
     majority = (results.answers.groupby("seed")["label"].mean() > 0.5).loc[metrics["seed"]].to_numpy()
     rate = metrics["predicted_acceptable_rate"]
     states["majority_share"] = rate.where(majority, 1 - rate).groupby(metrics["run"]).mean().map("{:.0%}".format)

@@ -55,16 +55,20 @@ def require_complete(folder: Path, needed_by: str) -> Path:
         raise FileNotFoundError(
             f"{needed_by} needs the finished run {folder}, which is not there; run its notebook first (make reproduce)."
         )
-    try:
-        changed = changed_file(folder, read_json(folder / HASHES))
-    except (ValueError, AttributeError):
-        changed = folder / HASHES
-    if changed:
+    if changed := damaged_file(folder):
         raise RuntimeError(
             f"{changed} is not the file that the run wrote: it was damaged, changed or exchanged; remove {folder}, and "
             f"make reproduce makes it again."
         )
     return folder
+
+
+def damaged_file(folder: Path) -> Path | None:
+    """The first file that is not what ``folder``'s own list says, the list itself if it cannot be read; or None."""
+    try:
+        return changed_file(folder, read_json(folder / HASHES))
+    except (ValueError, AttributeError):
+        return folder / HASHES
 
 
 def changed_file(folder: Path, hashes: dict[str, str]) -> Path | None:
@@ -116,21 +120,14 @@ def last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path | None:
         write_json(owner, identity)
     whole = []
     for path in folder.glob("checkpoint-*"):
-        if (path / HASHES).exists() and is_as_written(path):
+        written = (path / HASHES).exists()
+        if written and not damaged_file(path):
             whole.append(path)
-        else:
-            if (path / HASHES).exists():
-                print(f"{path.name} was damaged, and is not used")
-            shutil.rmtree(path)
+            continue
+        if written:
+            print(f"{path.name} was damaged, and is not used")
+        shutil.rmtree(path)
     return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
-
-
-def is_as_written(folder: Path) -> bool:
-    """Whether all files on the folder's list of hashes are what they were, the list itself included."""
-    try:
-        return changed_file(folder, read_json(folder / HASHES)) is None
-    except (ValueError, AttributeError):
-        return False
 
 
 def publish(partial: Path) -> Path:

@@ -90,7 +90,7 @@ def new_model(settings: Pretrain, tokenizer: PreTrainedTokenizerFast, seed: int)
             head_dim=settings.head_size,
             max_position_embeddings=512,
             # Each token starts with a vector of length 1, whatever the size: transformers' 0.02 is for models that are
-            # ten times as wide, and one as narrow as this then takes half of its steps to notice what it reads.
+            # ten times as wide.
             initializer_range=settings.hidden_size**-0.5,
             tie_word_embeddings=True,
             bos_token_id=None,
@@ -197,7 +197,7 @@ def pretrain(settings: Pretrain, prompt: Prompt, exclude: set[str], folder: Path
     frame = [*responses(prompt), "user\n", "assistant\n", "\n\n"] * 1000  # frequent enough to become single tokens
     tokenizer = train_tokenizer(iter(spelt + frame), settings.vocabulary)
     model = new_model(settings, tokenizer, seed)
-    # With a shorter memory of squared gradients and more decay than the defaults, phenomena are learnt sooner.
+    # A shorter memory of squared gradients and more decay than the defaults: chosen on seeds that are not reported.
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.1, fused=True
     )

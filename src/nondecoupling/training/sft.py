@@ -34,29 +34,38 @@ class DemonstrationTrainer(FiniteSteps, SFTTrainer):
         return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-def train_sft(stage: Stage) -> Outcome:
-    """Supervised fine-tuning with trl's SFTTrainer; the loss covers the response and its end token only."""
+def sft_rows(taught: list[tuple[list[int], list[int]]]) -> Dataset:
+    """Questions and answers as trl's SFTTrainer reads them, with no loss on the question."""
+    return Dataset.from_list(
+        [{"input_ids": question + answer, "labels": [-100] * len(question) + answer} for question, answer in taught]
+    )
+
+
+def sft_config(stage: Stage) -> SFTConfig:
+    """SFT's arguments: at most ``rows_per_pass`` sentences at a time, as many passes as fill the batch."""
     sft = stage.settings.sft
-    table = training_rows(stage, sft.steps * sft.batch_size)
-    rows = [
-        {"input_ids": question + answer, "labels": [-100] * len(question) + answer}
-        for question, answer in demonstrations(stage, table, sft.other_wording_share)
-    ]
     rows_per_pass = min(sft.rows_per_pass, sft.batch_size)
-    config = SFTConfig(
+    return SFTConfig(
         **shared_arguments(stage, sft),
         per_device_train_batch_size=rows_per_pass,
         gradient_accumulation_steps=sft.batch_size // rows_per_pass,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
     )
+
+
+def train_sft(stage: Stage) -> Outcome:
+    """Supervised fine-tuning with trl's SFTTrainer; the loss covers the response and its end token only."""
+    sft = stage.settings.sft
+    table = training_rows(stage, sft.steps * sft.batch_size)
+    rows, config = sft_rows(demonstrations(stage, table, sft.other_wording_share)), sft_config(stage)
     set_seed(stage_seed(stage))
 
     def build(callback):
         return DemonstrationTrainer(
             stage.policy,
             config,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=rows,
             processing_class=stage.tokenizer,
             callbacks=[callback],
         )

@@ -124,31 +124,19 @@ def measure_equal(study: Study, base: Path, data: Path, steps: int) -> dict[str,
 
     Questions are read and answers are sampled and scored as trl does it, with the attention that transformers choose.
     """
-    from datasets import Dataset
-    from trl import GRPOTrainer, SFTConfig, SFTTrainer
+    from trl import GRPOTrainer, SFTTrainer
 
     from nondecoupling.training import rl as training_rl
-    from nondecoupling.training.stage import demonstrations, shared_arguments, training_rows
+    from nondecoupling.training.sft import sft_config, sft_rows
+    from nondecoupling.training.stage import demonstrations, training_rows
     from nondecoupling.training.trainer import peak_memory
 
     def sft_trainer(count: int) -> Any:
         stage = short_stage(study, "sft", count, base, data)
         stage.policy.set_attn_implementation("sdpa")
-        sft = stage.settings.sft
-        table = training_rows(stage, count * sft.batch_size)
-        rows = [
-            {"input_ids": question + answer, "labels": [-100] * len(question) + answer}
-            for question, answer in demonstrations(stage, table)
-        ]
-        at_a_time = min(sft.rows_per_pass, sft.batch_size)
-        config = SFTConfig(
-            **shared_arguments(stage, sft),
-            per_device_train_batch_size=at_a_time,
-            gradient_accumulation_steps=sft.batch_size // at_a_time,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=None,
-        )
-        return SFTTrainer(stage.policy, config, train_dataset=Dataset.from_list(rows), processing_class=stage.tokenizer)
+        table = training_rows(stage, count * stage.settings.sft.batch_size)
+        rows = sft_rows(demonstrations(stage, table))
+        return SFTTrainer(stage.policy, sft_config(stage), train_dataset=rows, processing_class=stage.tokenizer)
 
     def rl_trainer(count: int) -> Any:
         stage = short_stage(study, "rl", count, base, data)
