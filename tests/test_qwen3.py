@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from conftest import SHARED, make_base, make_data, results_in
+from conftest import SHARED, apart_and_together, make_base, make_data, results_in
 from nondecoupling.study import folders
 from nondecoupling.study.profile import Model
 from nondecoupling.study.study import load_study
@@ -127,7 +127,9 @@ def test_the_prompt_is_this_text_and_these_tokens(qwen_tokenizer):
 def test_prompt_and_answer_apart_are_the_tokens_of_both_together(qwen_tokenizer, cola):
     prompt = load_study("paper").profile.prompt
     for sentence in corpus.load_corpus(cola)["sentence"].sample(200, random_state=0):
-        prompts.check_prefix(qwen_tokenizer, prompt, sentence)
+        for response in prompts.responses(prompt):
+            apart, together = apart_and_together(qwen_tokenizer, prompt, sentence, response)
+            assert apart == together
 
 
 # Loading

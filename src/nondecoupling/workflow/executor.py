@@ -167,7 +167,7 @@ def mention_gpu(study: Study) -> None:
 def fetch_inputs(study: Study) -> None:
     """Download what the study needs from the hub, before a kernel starts; ConnectionError where that is impossible.
 
-    ValueError where the generated corpus is not described.
+    ValueError where the generated corpus is not described, or a folder of the user's holds no model.
     """
     profile, root = study.profile, folders.study_folder(study)
     if profile.data.generated:
@@ -176,5 +176,7 @@ def fetch_inputs(study: Study) -> None:
         grammar.require_each_phenomenon(profile.pretrain.taught, "pretrain.taught")
     if profile.data.source == "hub" and not profile.data.folder and not folders.is_complete(root / "data"):
         hub.fetch_glue()
+    if profile.model.folder and not folders.is_complete(root / "base"):
+        hub.check_model(Path(profile.model.folder))
     if profile.model.hub and not profile.model.folder:
         hub.fetch_model(profile.model.hub, str(profile.model.revision))
