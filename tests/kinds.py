@@ -27,7 +27,7 @@ LLAMA2 = """\
 {% else %}{{ ' ' + message.content + ' ' + eos_token }}{% endif %}{% endfor %}"""
 # The date, to the microsecond.
 LLAMA3 = """\
-{{ bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + strftime_now('%d %b %Y %f') + '<|eot_id|>' }}\
+{{ bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + strftime_now('%d %b %f') + '<|eot_id|>' }}\
 {% for message in messages %}{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' \
 + message.content | trim + '<|eot_id|>' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
@@ -73,7 +73,9 @@ PADDED = END | {"pad_token": TEXT}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
 KINDS = {
     "Gemma 2": Kind("gemma2", SLIDING, "spaced", OF_GEMMA, NAMED, GEMMA, "<end_of_turn>"),
-    "Gemma 3": Kind("gemma3_text", GROUPED | {"sliding_window": 512}, "spaced", OF_GEMMA, NAMED, GEMMA, "<end_of_turn>"),
+    "Gemma 3": Kind(
+        "gemma3_text", GROUPED | {"sliding_window": 512}, "spaced", OF_GEMMA, NAMED, GEMMA, "<end_of_turn>"
+    ),
     "Phi 2": Kind("phi", DENSE | {"embd_pdrop": 0.1, "resid_pdrop": 0.1}, "bytes", [TEXT], END, ENDLESS, TEXT),
     "Phi 3": Kind("phi3", DENSE | {"resid_pdrop": 0.1}, "prefixed", OF_PHI, PADDED, PHI, "<|end|>"),
     "Llama 2": Kind(
@@ -88,7 +90,9 @@ KINDS = {
     "Qwen 2 base": Kind("qwen2", GROUPED, "bytes", OF_QWEN, PADDED, QWEN, TURN),
     "a thinking Qwen 3": Kind("qwen3", GROUPED, "bytes", OF_QWEN, PADDED, THINKING, TURN),
 }
-MAMBA = Kind("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "bytes", OF_QWEN, PADDED, QWEN, TURN)
+MAMBA = Kind(
+    "mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "bytes", OF_QWEN, PADDED, QWEN, TURN
+)
 
 
 def tokenizer_of(kind: Kind, texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -56,7 +56,7 @@ def test_a_kind_goes_through_the_stages(trained):
     kind, done = trained
     _, sft = done["sft"]
     assert sft.trajectory["sft_loss"].iloc[-1] < sft.trajectory["sft_loss"].iloc[0] - 1
-    for stage, outcome in done.values():
+    for _, outcome in done.values():
         assert outcome.training["steps"] == len(outcome.log)
         assert outcome.trajectory.notna().all(axis=None)
         if "kl_to_parent" in outcome.trajectory:

@@ -137,7 +137,7 @@ def test_prompt_and_answer_apart_are_the_tokens_of_both_together(qwen_tokenizer,
 
 def test_eight_bits_change_label_probabilities_little(small_qwen, small_cola):
     """With weights so wide log p is about -20 nats; 8-bit rounding moved it by 0.09 on average; allowed is 0.2."""
-    table, settings = corpus.read_tsv(small_cola / "in_domain_dev.tsv"), load_study("paper").profile
+    table, settings = corpus.read_file(small_cola / "in_domain_dev.tsv"), load_study("paper").profile
     tokenizer = models.load_tokenizer(small_qwen)
     exact, rounded = (
         predict(
@@ -158,7 +158,7 @@ def test_only_linear_layers_are_held_in_eight_bits(small_qwen):
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(small_qwen, small_cola):
-    table, settings = corpus.read_tsv(small_cola / "in_domain_dev.tsv"), load_study("paper").profile
+    table, settings = corpus.read_file(small_cola / "in_domain_dev.tsv"), load_study("paper").profile
     tokenizer, model = models.load_tokenizer(small_qwen), models.load_base(small_qwen, PLAIN)
     one, many = (predict(model, tokenizer, settings.prompt, table, size, seed=0) for size in (7, 40))
     for column in ("logp_acceptable", "logp_unacceptable"):

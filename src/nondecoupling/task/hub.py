@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from nondecoupling.study.inputs import MODEL_FILES
+
 # CoLA as part of GLUE. Its copy has no source column, and both dev sets in one file.
 GLUE, GLUE_REVISION = "nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 GLUE_FILES = {"train": "cola/train-00000-of-00001.parquet", "validation": "cola/validation-00000-of-00001.parquet"}
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]  # what transformers reads; nothing pickled
 
 PATIENCE = 3.0  # seconds to wait for the hub's first answer
 
@@ -72,14 +73,18 @@ def check_model(folder: Path) -> None:
         )
     kind = said("config.json").get("model_type")
     if not kind:
-        raise ValueError(f"{folder} holds no model in Hugging Face's format: there is no config.json with a model_type.")
+        raise ValueError(
+            f"{folder} holds no model in Hugging Face's format: there is no config.json with a model_type."
+        )
     if kind not in CONFIG_MAPPING_NAMES:
         raise ValueError(
             f"{folder} holds a model of the kind '{kind}', which the installed transformers does not have; code that "
             f"comes with a model is not run."
         )
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} holds no weights in safetensors' format, and pickled ones are not read; convert them.")
+        raise ValueError(
+            f"{folder} holds no weights in safetensors' format, and pickled ones are not read; convert them."
+        )
     templates = [folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")]
     if not any(path.exists() for path in templates) and not said("tokenizer_config.json").get("chat_template"):
         raise ValueError(

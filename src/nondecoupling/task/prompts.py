@@ -40,7 +40,8 @@ def other_wordings(prompt: Prompt) -> tuple[str, str]:
 
 def rendered(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], asking: bool = True) -> list[str]:
     """Chats as the template writes them; if ``asking``, up to where the answer begins."""
-    return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=asking, **TEMPLATE_OPTIONS)
+    texts: Any = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=asking, **TEMPLATE_OPTIONS)
+    return texts
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -47,7 +47,9 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in folder ``base``, which ends an answer as its chat template does; ValueError if it cannot."""
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     if tokenizer.chat_template is None:
-        raise ValueError(f"The tokenizer in {base} has no chat_template; choose a chat model, or add one to its folder.")
+        raise ValueError(
+            f"The tokenizer in {base} has no chat_template; choose a chat model, or add one to its folder."
+        )
     try:
         with time_limit(TEMPLATE_SECONDS):
             tokenizer.chat_template = tokenizer.get_chat_template()  # of several, the one without tools
@@ -85,8 +87,8 @@ def load_base(base: Path, how: Model) -> PreTrainedModel:
     model = _load(AutoModelForCausalLM, base, how)
     if model._is_stateful or "past_key_values" not in signature(model.forward).parameters:
         raise ValueError(
-            f"The model in {base} is of the kind '{model.config.model_type}', which keeps no keys and values of what it "
-            f"has read: answers are sampled and scored from there; choose one that does, as Qwen, Llama or Gemma."
+            f"The model in {base} is of the kind '{model.config.model_type}', which keeps no keys and values of what "
+            f"it has read: answers are sampled and scored from there; choose one that does, as Qwen, Llama or Gemma."
         )
     return model
 
@@ -182,6 +184,7 @@ def save_policy(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         model.save_pretrained(str(folder), selected_adapters=["default"])
         config = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = "base"  # the study's, wherever that is on which machine
+        config["target_modules"] = sorted(config["target_modules"])  # a set, which each process has in another order
         (folder / ADAPTER_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     else:
         model.save_pretrained(folder)
