@@ -395,7 +395,7 @@ def test_faults_of_a_task_are_named_with_file_and_line(tmp_path, text, words):
 
 
 def test_folder_without_files_says_which_it_may_hold(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"in_domain_train.tsv and in_domain_dev.tsv, or train.tsv and dev.tsv):
+    with pytest.raises(FileNotFoundError, match=r"in_domain_train.tsv and in_domain_dev.tsv, or train.tsv and dev.tsv"):
         corpus.load_corpus(tmp_path)
 
 
