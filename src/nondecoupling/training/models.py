@@ -182,6 +182,7 @@ def save_policy(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     if isinstance(model, PeftModel):
         # "default" is the trained adapter; trl adds a frozen copy of it as the KL reference.
         model.save_pretrained(str(folder), selected_adapters=["default"])
+        (folder / "README.md").unlink()  # a form that nobody filled in, with this machine's paths
         config = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = "base"  # the study's, wherever that is on which machine
         config["target_modules"] = sorted(config["target_modules"])  # a set, which each process has in another order
