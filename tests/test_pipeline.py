@@ -161,7 +161,7 @@ def test_a_study_is_verified_against_its_profiles_reference(copied, monkeypatch,
     found = read_results(STUDY, copied)
     metrics = found.metrics.assign(sft_loss=found.metrics["sft_loss"] + (found.metrics["run"] == "sft-rl") * 9)
     provenance = found.provenance | {"parameters": changed.profile.model_dump()}
-    write_results(Results(changed, folders.study_folder(changed), metrics, *found[3:6], provenance))
+    write_results(Results(changed, folders.study_folder(changed), metrics, *found[3:8], provenance))
     assert main(["verify", "--profile=tiny", "--set=rl.beta=1.0"]) == 1
     printed = capsys.readouterr()
     said = " ".join(printed.out.split())

@@ -15,7 +15,7 @@ from nondecoupling.study.plan import Run
 from nondecoupling.study.study import Study
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-METRICS, TRAJECTORY, LOG, POLICY = "metrics.json", "trajectory.csv", "log.csv", "policy"
+METRICS, TRAJECTORY, LOG, POLICY, PATHS = "metrics.json", "trajectory.csv", "log.csv", "policy", "paths.csv"
 MEASURED = "measured.json"  # what a stage had measured at a checkpoint
 HASHES = "sha256.json"  # of every file of a published run, or of a checkpoint; the last that is written
 

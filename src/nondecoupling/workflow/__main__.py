@@ -20,7 +20,8 @@ STUDIES: dict[str, list[Group]] = {
     "reproduce": ["main"],
     "controls": ["main", "controls"],
     "betas": ["main", "sweep"],
-    "everything": ["main", "sweep", "controls"],
+    "geometry": ["main", "geometry"],
+    "everything": ["main", "sweep", "controls", "geometry"],
 }
 
 
@@ -45,7 +46,8 @@ def run_study(args: Arguments) -> None:
     if not args.target:
         from nondecoupling.analysis.tables import claims_table, rows_of
 
-        families = "ABOKJ" if "controls" in STUDIES[args.action] else "ABO"
+        groups = STUDIES[args.action]
+        families = "ABO" + "KJ" * ("controls" in groups) + "G" * ("geometry" in groups)
         table = claims_table(rows_of(folders.read_json(root / "claims.json"), families))
         print(table.drop(columns="p, Holm", errors="ignore").to_string(index=False))
         print(f"\nreport:  {root / 'report.html'}\nfigures: {root / 'figures'}\nclaims:  {root / 'claims.json'}")

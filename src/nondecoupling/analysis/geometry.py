@@ -1,0 +1,378 @@
+"""How long, when, and along which directions RL after SFT costs SFT loss: three ideas of the paper's second version.
+
+The paper's v2 adds an optimal duration of RL, a threshold at which RL improves SFT, and a bound on the misalignment of
+the two gradients. They are known here from its abstract only; what is tested is our reconstruction, and none of its
+verdicts is the paper's. Rules were written when the gradients of one replication had been seen (seed 0, at `base`,
+`sft` and `sft-rl`).
+
+Losses (nats over the two labels) and rewards are in expectation over annotators where q(x) is known, else on the labels
+as given. L* is the least loss there is, the mean of H(q(x)).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from nondecoupling.analysis import theory
+from nondecoupling.analysis.claims import (
+    LOSS_MARGIN,
+    Claim,
+    claim_row,
+    corrected_family,
+    judged,
+    not_run,
+    verdict_of_amount,
+)
+from nondecoupling.analysis.measures import halves
+from nondecoupling.analysis.predictions import agreement_of, label_log_odds
+from nondecoupling.analysis.statistics import mean_interval, over_seeds
+from nondecoupling.study.contracts import (
+    ClaimRow,
+    Duration,
+    GeometryFile,
+    OverSeeds,
+    PolicyGeometry,
+    Threshold,
+)
+from nondecoupling.study.plan import MAKES, SHARES, starts
+from nondecoupling.study.results import Results
+from nondecoupling.study.study import Study
+
+FREE = 0.01  # nats of SFT loss that nobody would miss
+EARLY = 0.05  # nats of rise, by the second-order prediction, at which it is judged
+RATES = np.geomspace(0.3, 10, 40)  # exchange rates: what a nat of SFT loss is worth, in reward
+PATHS = {"plain": "gradient ascent", "adam": "Adam"}
+
+SECOND_ORDER = Claim(
+    "G1",
+    "(ours) The SFT policy says, to second order, what RL's first gain costs",
+    "rise of L where 0.05 is predicted",
+    "sft",
+    "",
+    +1,
+)
+CLAIMS = [
+    Claim(
+        "G2",
+        "(ours) Half of RL's gain costs less than 0.01 nats of SFT loss",
+        "share of the gain",
+        "sft",
+        "",
+        +1,
+        than=0.5,
+    ),
+    Claim("G3", "(ours) RL lowers the SFT loss of the base", "loss", "rl", "base", -1),
+    Claim(
+        "G4",
+        "(ours) The sign rule says at which L - L* RL turns from helping SFT to hurting it",
+        "measured - predicted L - L*",
+        "sft-rl",
+        "",
+        0,
+        margin=LOSS_MARGIN,
+    ),
+    Claim("G5", "(ours) At the base, SFT and RL pull the same way", "cosine of -grad L and grad J", "base", "", +1),
+    Claim("G6", "(ours) At the end of SFT, they pull apart", "cosine of -grad L and grad J", "sft", "", -1),
+    Claim(
+        "G7",
+        "(literature) RL's gradient lies off the principal directions in which SFT's lies",
+        "share in the top 10, grad L - grad J",
+        "base",
+        "",
+        +1,
+    ),
+]
+
+
+# Gradients
+
+
+def geometry_of(results: Results, policy: str) -> pd.DataFrame:
+    """The rows of gradients.csv of one policy, indexed by seed."""
+    table = results.gradients
+    return table[table["policy"] == policy].set_index("seed")
+
+
+def policy_geometry(results: Results) -> list[PolicyGeometry]:
+    """The geometry of each policy that was measured, means over seeds, in the plan's order."""
+    policies = results.gradients["policy"].unique()
+    return [
+        {"policy": str(name), "quantities": means_of(geometry_of(results, name).drop(columns=["run", "policy", "n"]))}
+        for name in policies
+    ]
+
+
+def means_of(rows: pd.DataFrame) -> Any:
+    """`over_seeds` of every column that has a value in some seed, by name."""
+    return {str(name): over_seeds(values.dropna()) for name, values in rows.items() if values.notna().any()}
+
+
+# How long
+
+
+def mean_path(results: Results, path: str, seed: int) -> pd.DataFrame:
+    """One ascent from a seed's SFT policy, mean of both ways round, by step: changes of L and J since its start.
+
+    Columns ``tau, loss, reward``, measured, and ``loss_second, reward_second, loss_linear, reward_linear``.
+    """
+    table = results.paths
+    rows = table[(table["path"] == path) & (table["seed"] == seed)].drop(columns=["run", "seed", "path"])
+    mean = rows.groupby("step").mean().drop(columns="paid")
+    changes = [column for column in mean if column != "tau"]
+    start = {column: mean[column.partition("_")[0]].iloc[0] for column in changes}
+    return mean.assign(**{column: mean[column] - start[column] for column in changes})
+
+
+def value_at(path: pd.DataFrame, column: str, by: str, level: float) -> float:
+    """``column`` of a path where ``by`` first reaches ``level``, by interpolation; its last value if it never does."""
+    reached = np.flatnonzero(path[by].to_numpy() >= level)
+    if not reached.size:
+        return float(path[column].iloc[-1])
+    after = max(int(reached[0]), 1)
+    ends = path.iloc[[after - 1, after]]
+    return float(np.interp(level, ends[by], ends[column]))
+
+
+def gain_of_rl(results: Results) -> pd.Series:
+    """RL's gain of J after SFT on the sentences of the gradients, by seed."""
+    return geometry_of(results, "sft-rl")["reward"] - geometry_of(results, "sft")["reward"]
+
+
+def free_share(results: Results) -> pd.Series:
+    """Share of RL's gain of J that plain ascent has when the loss has risen by `FREE`, by seed; nan without a gain."""
+    gain = gain_of_rl(results)
+    free = pd.Series({seed: value_at(mean_path(results, "plain", seed), "reward", "loss", FREE) for seed in gain.index})
+    return (free / gain).where(gain > 0)
+
+
+def best_stop(path: pd.DataFrame, rate: float, kind: str = "") -> float:
+    """The gain of J at the point of a path where J - ``rate`` x L is largest, measured or predicted (``kind``)."""
+    worth = path[f"reward{kind}"] - rate * path[f"loss{kind}"]
+    return float(path["reward"].loc[worth.idxmax()])
+
+
+def duration(results: Results) -> Duration:
+    """Ascent from the SFT policy: its path, what is free, and where to stop at which exchange rate."""
+    seeds = results.seeds
+    paths = {name: {seed: mean_path(results, name, seed) for seed in seeds} for name in PATHS}
+    points: list[Any] = [  # of PathPoint
+        {"path": name, "step": int(step), **means_of(rows)}
+        for name, by_seed in paths.items()
+        for step, rows in pd.concat(by_seed.values()).groupby(level=0)
+    ]
+    sft = geometry_of(results, "sft")
+    free = -2 * sft["slope"] / sft["curvature"]
+    share = free_share(results).dropna()
+    stops = [
+        {
+            "rate": float(rate),
+            "measured": over_seeds([best_stop(paths["plain"][seed], rate) for seed in seeds]),
+            "predicted": over_seeds([best_stop(paths["plain"][seed], rate, "_second") for seed in seeds]),
+        }
+        for rate in RATES
+    ]
+    return {
+        "points": points,
+        "gain_of_rl": over_seeds(gain_of_rl(results)),
+        "rise_by_rl": over_seeds(geometry_of(results, "sft-rl")["loss"] - sft["loss"]),
+        "free_stretch": over_seeds(free.clip(lower=0)),
+        "seeds_with_a_free_stretch": int((free > 0).sum()),
+        "free_share": over_seeds(share) if len(share) else None,
+        "stops": stops,  # type: ignore[typeddict-item]
+    }
+
+
+# When
+
+
+def known_or_labels(answers: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """(truth, disagreement) of a policy's sentences; where nobody knows them the labels, which nobody contradicts."""
+    q = agreement_of(answers)
+    if q is None:
+        return answers["label"].to_numpy(), np.zeros(len(answers))
+    return answers["truth"].astype(int).to_numpy(), 1 - q
+
+
+def loss_in_expectation(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
+    """L of ``log_odds`` on the sentences of ``answers``."""
+    return theory.expected_loss(log_odds, *known_or_labels(answers))
+
+
+def least_loss(answers: pd.DataFrame) -> float:
+    """L*, the mean of H(q(x)); 0 where q(x) is unknown."""
+    q = agreement_of(answers)
+    return 0.0 if q is None else float(np.mean(theory.calibrated_loss(q)))
+
+
+def refitted(answers: pd.DataFrame) -> np.ndarray:
+    """A policy's log-odds, with one temperature and one bias fitted to the labels of the other half, (sentences,)."""
+    log_odds, labels = label_log_odds(answers), answers["label"].to_numpy()
+    found = np.empty_like(log_odds)
+
+    def loss(x: np.ndarray, part: np.ndarray) -> float:
+        return theory.loss_on_labels(x[0] * log_odds[part] + x[1], labels[part])
+
+    for fit, use in halves(len(labels)):
+        scale, bias = minimize(loss, [1.0, 0.0], args=(fit,), method="Nelder-Mead").x
+        found[use] = scale * log_odds[use] + bias
+    return found
+
+
+def by_the_truth(answers: pd.DataFrame, beta: float) -> np.ndarray:
+    """Log-odds of ideal RL that is paid by annotators: the sign rule's."""
+    return theory.tilted_log_odds(label_log_odds(answers), *known_or_labels(answers), beta)
+
+
+def by_own_belief(answers: pd.DataFrame, beta: float) -> np.ndarray:
+    """Log-odds of ideal RL of a policy that is taken at its word."""
+    return theory.self_tilted_log_odds(label_log_odds(answers), beta)
+
+
+def by_refitted_belief(answers: pd.DataFrame, beta: float) -> np.ndarray:
+    """Log-odds of ideal RL of a policy whose belief is corrected first (`refitted`): it is paid by that belief."""
+    belief = 2 * expit(refitted(answers)) - 1
+    return label_log_odds(answers) + 2 * belief / beta
+
+
+PREDICTIONS: dict[str, Callable[[pd.DataFrame, float], np.ndarray]] = {
+    "truth": by_the_truth,
+    "own_belief": by_own_belief,
+    "refitted_belief": by_refitted_belief,
+}
+
+
+def changes_by_start(results: Results) -> pd.DataFrame:
+    """RL from every start, at every beta and in every seed: ``start, beta, seed, distance`` (L - L* before RL),
+    ``measured`` change of L, and the change by each of `PREDICTIONS`."""
+    rows = []
+    for start, runs in starts(results.study.profile).items():
+        for seed in results.seeds:
+            answers = results.answers_of(start, seed)
+            before = loss_in_expectation(label_log_odds(answers), answers)
+            for beta, run in runs.items():
+                after = loss_in_expectation(label_log_odds(results.answers_of(run, seed)), answers)
+                said = {
+                    name: loss_in_expectation(tilt(answers, beta), answers) - before
+                    for name, tilt in PREDICTIONS.items()
+                }
+                known = {"start": start, "beta": beta, "seed": seed, "distance": before - least_loss(answers)}
+                rows.append(known | {"measured": after - before} | said)
+    return pd.DataFrame(rows)
+
+
+def zero_of(distance: np.ndarray, change: np.ndarray) -> float:
+    """The smallest L - L* above which ``change`` is negative, linear between starts; nan where it does not turn."""
+    order = np.argsort(distance)
+    x, y = distance[order], change[order]
+    turns = np.flatnonzero((y[:-1] > 0) & (y[1:] <= 0))
+    if not turns.size:
+        return np.nan
+    low = turns[0]
+    return float(x[low] + (x[low + 1] - x[low]) * y[low] / (y[low] - y[low + 1]))
+
+
+def zeros(changes: pd.DataFrame, beta: float, kind: str) -> pd.Series:
+    """`zero_of` each seed's changes at one beta, measured or predicted."""
+    rows = changes[changes["beta"] == beta]
+    return rows.groupby("seed").apply(
+        lambda seed: zero_of(seed["distance"].to_numpy(), seed[kind].to_numpy()), include_groups=False
+    )
+
+
+def zeros_of_cosine(results: Results) -> pd.Series:
+    """L - L* at which the cosine of -grad L and grad J turns from positive to negative, by seed."""
+    table = results.gradients[results.gradients["policy"].isin(starts(results.study.profile))]
+    cosine = table["cosine_split"].fillna(table["cosine"]) if "cosine_split" in table else table["cosine"]
+    rows = table.assign(distance=table["loss"] - table["best_loss"], opposed=-cosine)
+    return rows.groupby("seed").apply(
+        lambda seed: zero_of(seed["distance"].to_numpy(), seed["opposed"].to_numpy()), include_groups=False
+    )
+
+
+def mean_or_none(values: pd.Series) -> OverSeeds | None:
+    """Mean over the seeds that have a value; None where none has."""
+    found = values.dropna()
+    return over_seeds(found) if len(found) else None
+
+
+def threshold(results: Results, changes: pd.DataFrame) -> Threshold:
+    """Change of L by RL against how far SFT had come, and the distance at which it changes its sign."""
+    points: list[Any] = [  # of StartPoint
+        {"start": str(start), "beta": float(beta), **means_of(rows[["distance", "measured", *PREDICTIONS]])}
+        for (start, beta), rows in changes.groupby(["start", "beta"], sort=False)
+    ]
+    betas = changes["beta"].unique()
+    return {
+        "points": points,
+        "zeros": [
+            {"beta": float(beta)}
+            | {kind: mean_or_none(zeros(changes, beta, kind)) for kind in ("measured", *PREDICTIONS)}  # type: ignore[misc]
+            for beta in betas
+        ],
+        "zero_of_cosine": mean_or_none(zeros_of_cosine(results)),
+    }
+
+
+def lojasiewicz(results: Results) -> pd.Series:
+    """mu of the Polyak-Lojasiewicz inequality L - L* <= |grad L|^2 / (2 mu) along SFT, by seed: the largest that holds.
+
+    From the base, the starts and the end of SFT; L* is the least loss of any policy, not of this network.
+    """
+    rows = results.gradients[results.gradients["policy"].isin(["base", *(f"sft-{share}" for share in SHARES), "sft"])]
+    each = rows["loss_gradient"] ** 2 / (2 * (rows["loss"] - rows["best_loss"]))
+    return each.groupby(rows["seed"]).min()
+
+
+# The chapter's file and its verdicts
+
+
+def values_of_geometry(results: Results) -> dict[str, pd.Series]:
+    """The quantity of each claim by seed; only the claims whose runs are there."""
+    cosine = {policy: geometry_of(results, policy) for policy in ("base", "sft")}
+    base = cosine["base"]
+    early = {seed: value_at(mean_path(results, "plain", seed), "loss", "loss_second", EARLY) for seed in results.seeds}
+    found = {
+        "G1": pd.Series(early),
+        "G2": free_share(results),
+        "G5": base["cosine_split"],
+        "G6": cosine["sft"]["cosine_split"],
+        "G7": base["loss_top_10"] - base["reward_top_10"],
+    }
+    if not results.study.profile.pretrains:
+        return found
+    changes, own = changes_by_start(results), results.study.profile.rl.beta
+    of_base = changes[(changes["start"] == "base") & (changes["beta"] == own)].set_index("seed")["measured"]
+    return found | {"G3": of_base, "G4": zeros(changes, own, "measured") - zeros(changes, own, "truth")}
+
+
+def judge_geometry(results: Results) -> list[ClaimRow]:
+    """The rows of the chapter's claims; G1 is an amount, judged as T2 is."""
+    values = values_of_geometry(results)
+    gap = mean_interval(values["G1"] - EARLY)
+    first = claim_row(
+        SECOND_ORDER, mean_interval(values["G1"]), verdict_of_amount(gap, EARLY), predicted_from_policies=EARLY
+    )
+    why = "only studies with a base of their own begin RL between base and SFT"
+    rows = [judged(claim, values[claim.id]) if claim.id in values else not_run(claim, why) for claim in CLAIMS]
+    return corrected_family([first, *rows])
+
+
+def geometry_not_run(study: Study) -> list[ClaimRow]:
+    """The rows of a study that has not run the chapter."""
+    return [not_run(claim, MAKES["geometry"]) for claim in (SECOND_ORDER, *CLAIMS)]
+
+
+def geometry_file(results: Results) -> GeometryFile:
+    """The content of geometry.json."""
+    own = results.study.profile.pretrains
+    return {
+        "policies": policy_geometry(results),
+        "duration": duration(results),
+        "threshold": threshold(results, changes_by_start(results)) if own else None,
+        "lojasiewicz": over_seeds(lojasiewicz(results)) if own else None,
+        "claims": judge_geometry(results),
+    }
