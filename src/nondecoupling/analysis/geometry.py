@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize
 from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.claims import (
@@ -29,7 +29,7 @@ from nondecoupling.analysis.claims import (
 )
 from nondecoupling.analysis.measures import halves
 from nondecoupling.analysis.predictions import agreement_of, label_log_odds
-from nondecoupling.analysis.statistics import mean_interval, over_seeds
+from nondecoupling.analysis.statistics import interval_text, mean_interval, over_seeds, shown
 from nondecoupling.study.contracts import (
     ClaimRow,
     Duration,
@@ -212,13 +212,9 @@ def refitted(answers: pd.DataFrame) -> np.ndarray:
     """A policy's log-odds, with one temperature and one bias fitted to the labels of the other half, (sentences,)."""
     log_odds, labels = label_log_odds(answers), answers["label"].to_numpy()
     found = np.empty_like(log_odds)
-
-    def loss(x: np.ndarray, part: np.ndarray) -> float:
-        return theory.loss_on_labels(x[0] * log_odds[part] + x[1], labels[part])
-
     for fit, use in halves(len(labels)):
-        scale, bias = minimize(loss, [1.0, 0.0], args=(fit,), method="Nelder-Mead").x
-        found[use] = scale * log_odds[use] + bias
+        scaled = LogisticRegression(C=np.inf).fit(log_odds[fit, None], labels[fit])
+        found[use] = scaled.decision_function(log_odds[use, None])
     return found
 
 
@@ -376,3 +372,55 @@ def geometry_file(results: Results) -> GeometryFile:
         "lojasiewicz": over_seeds(lojasiewicz(results)) if own else None,
         "claims": judge_geometry(results),
     }
+
+
+# In words
+
+
+def duration_sentence(content: GeometryFile) -> str:
+    """What the early part of RL costs, and until where the start knew it."""
+    duration, [first] = content["duration"], [row for row in content["claims"] if row["id"] == "G1"]
+    free, gain = duration["free_share"], duration["gain_of_rl"]["mean"]
+    if free is None:
+        return "RL gained no reward here, so that there is nothing to stop early."
+    said = {
+        "confirmed": "and the SFT policy alone knew that cost",
+        "refuted": "and the SFT policy alone did not know that cost",
+    }.get(first["verdict"], "and whether the SFT policy alone knew that cost is undecided")
+    return (
+        f"**Stop early:** the first {shown(free, '.0%')} of RL's gain of reward ({gain:+.3f}) cost {FREE:g} nats of SFT"
+        f" loss, the whole of it {shown(duration['rise_by_rl'])}, {said}: where it predicts a rise of {EARLY:g} nats,"
+        f" the loss had risen by {interval_text(first['estimate'], first['ci95'], '.3f')}."
+    )
+
+
+def threshold_sentence(content: GeometryFile) -> str:
+    """When RL helps SFT and when it hurts, with numbers; empty where it was not asked."""
+    if content["threshold"] is None:
+        return ""
+    parts = []
+    for zero in content["threshold"]["zeros"]:
+        points = [point for point in content["threshold"]["points"] if point["beta"] == zero["beta"]]
+        ends = f"{shown(points[0]['measured'])} from the base, {shown(points[-1]['measured'])} from the end of SFT"
+        turn = f"turns at L - L* = {shown(zero['measured'], '.3f')}" if zero["measured"] else "does not turn"
+        known = f" (sign rule: {shown(zero['truth'], '.3f')})" if zero["truth"] else ""
+        parts.append(f"* β = {zero['beta']:g}: RL changes the SFT loss by {ends}; the sign {turn}{known}.")
+    return "\n".join(parts)
+
+
+def alignment_sentence(content: GeometryFile) -> str:
+    """How the cosine goes from base to RL, and whether the bound says anything."""
+    found = {entry["policy"]: entry["quantities"] for entry in content["policies"]}
+    cosines = ", ".join(
+        f"{shown(found[policy]['cosine_split'], '+.2f')} at {words}"
+        for policy, words in (("base", "the base"), ("sft", "SFT's end"), ("sft-rl", "RL's end"))
+        if "cosine_split" in found.get(policy, {})
+    )
+    bounds = [quantities["bound"]["mean"] for quantities in found.values()]
+    says = sum(bound < 1 for bound in bounds)
+    vacuous = (
+        "is vacuous for all policies (1 or more)"
+        if not says
+        else f"says something (below 1) for {says} of {len(bounds)}"
+    )
+    return f"The cosine of -∇L and ∇J is {cosines}. The bound by spectral concentration {vacuous}."

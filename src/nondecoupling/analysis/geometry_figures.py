@@ -33,8 +33,9 @@ STORY = {"sft-rl-sft": "SFT → RL → SFT", "interleaved": "by turns"} | {
 def draw_duration(duration: Duration) -> Figure:
     """What each unit of reward costs: rise of L against gain of J along both ascents, and as the start predicts it."""
     figure, axes = plt.subplots(figsize=(8, 4.6))
+    columns = ("loss", "reward", "loss_second", "reward_second")
     points = pd.DataFrame(
-        {"path": point["path"], **{k: v["mean"] for k, v in point.items() if isinstance(v, dict)}}  # type: ignore[index]
+        {"path": point["path"]} | {name: point[name]["mean"] for name in columns}  # type: ignore[literal-required]
         for point in duration["points"]
     )
     ends: dict[str, tuple[float, Any]] = {}
@@ -86,11 +87,11 @@ def draw_threshold(threshold: Threshold) -> Figure:
     axes.axhline(0, color="0.35", linewidth=1)
     axes.invert_xaxis()
     for start in dict.fromkeys(point["start"] for point in points):
-        x = next(point["distance"]["mean"] for point in points if point["start"] == start)
+        place = next(point["distance"]["mean"] for point in points if point["start"] == start)
         words = NAMES.get(start, f"{start.removeprefix('sft-')} %")
         axes.annotate(
             words,
-            (x, 0),
+            (place, 0),
             (0, -6),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",

@@ -23,6 +23,7 @@ StageKind = Literal["data", "base", "sft", "rl", "joint", "reward_model", "gradi
 NAMES = {"base": "base", "sft": "SFT", "sft-rl": "SFT → RL", "rl": "RL", "rl-sft": "RL → SFT"}
 STATES = list(NAMES)
 SEQUENTIAL = ("sft-rl", "rl-sft")  # what joint training is compared with
+FOLLOWED = "gradients-sft"  # the run that also follows ascents on the reward from its policy
 # What notebooks make of the tables, in the order in which they run, with the groups of runs that each reads.
 SUMMARIES: dict[str, tuple[Group, ...]] = {
     "theory": ("main", "sweep"),
@@ -185,5 +186,5 @@ def geometry(profile: Profile) -> list[Run]:
         for start, names in starts(profile).items():
             new = {beta: name for beta, name in names.items() if start != "sft" and name != "rl"}
             runs += [Run(name, "rl", start, {"rl.beta": beta}, "geometry", curve=False) for beta, name in new.items()]
-    runs += [Run(f"gradients-{name}", "gradients", name, group="geometry", curve=name == "sft") for name in measured]
+    runs += [Run(f"gradients-{name}", "gradients", name, group="geometry", curve=False) for name in measured]
     return runs

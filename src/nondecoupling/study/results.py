@@ -19,7 +19,7 @@ import pandas as pd
 
 from nondecoupling.study import folders
 from nondecoupling.study.contracts import ProvenanceFile, RunFile
-from nondecoupling.study.plan import MAKES, Run
+from nondecoupling.study.plan import FOLLOWED, MAKES, Run
 from nondecoupling.study.study import Study, study_of, validated
 
 METRICS, TRAJECTORIES, ANSWERS, COSTS = "metrics.csv", "trajectories.csv", "answers.parquet", "costs.csv"
@@ -192,7 +192,7 @@ def collect(study: Study, seeds: list[int], groups: Collection[str]) -> Results:
         paths=stacked(
             study,
             root,
-            {key: record for key, record in records.items() if study.run(key[0]).curve},
+            {key: record for key, record in records.items() if key[0] == FOLLOWED},
             ["gradients"],
             lambda folder: pd.read_csv(folder / folders.PATHS),
         ),

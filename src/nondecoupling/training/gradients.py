@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.special import entr, expit, log_expit
 
 from nondecoupling.study import folders, provenance
+from nondecoupling.study.plan import FOLLOWED
 from nondecoupling.task.corpus import fixed_subset
 from nondecoupling.task.prompts import prompt_ids, response_ids, responses
 from nondecoupling.task.seeds import seed_of
@@ -342,7 +343,7 @@ def measure_gradients(stage: Stage) -> Geometry:
     with memory_explained("gradients.sentences", "evaluation.batch_size"):
         log_odds, gradients = sentence_gradients(stage.policy, sentences)
         gram = (gradients @ gradients.T).double().numpy()
-        found = paths(stage, sentences, log_odds, gradients) if stage.run.curve else None
+        found = paths(stage, sentences, log_odds, gradients) if stage.run.name == FOLLOWED else None
     measured = summary(gram, log_odds, sentences.y, seed_of("shuffled labels", stage.seed))
     trained_parameters, parameters = count_parameters(stage.policy)
     seconds = time.perf_counter() - start
