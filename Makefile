@@ -46,7 +46,7 @@ HOW      = --scheduler=$(call quoted,SCHEDULER) --jobs=$(call quoted,JOBS)
 WORKFLOW = $(PYTHON) -m nondecoupling.workflow
 KERNELS  = JUPYTER_PATH='$(subst ','\'',$(CURDIR))/src/nondecoupling/workflow/jupyter'
 
-TARGETS := FORCE help setup reproduce controls betas everything seeds study theory sweep list bench score smollm2 lab test lint \
+TARGETS := FORCE help setup reproduce controls betas geometry everything seeds study theory sweep list bench score smollm2 lab test lint \
            verify report reference notebooks clean
 .PHONY: $(TARGETS)
 
@@ -69,6 +69,9 @@ controls: $(READY) ## also controls and joint training: 8 min more
 
 betas: $(READY) ## also RL at other prices of the KL: 9 min more
 	@$(WORKFLOW) betas $(STUDY) $(HOW)
+
+geometry: $(READY) ## how long, when, along which directions: 10 min more
+	@$(WORKFLOW) geometry $(STUDY) $(HOW)
 
 everything: $(READY) ## all of these
 	@$(WORKFLOW) everything $(STUDY) $(HOW)

@@ -168,8 +168,9 @@ def test_a_policy_that_is_too_unsure_is_told_so_by_refitting():
 def test_verdicts_follow_the_numbers():
     confirmed = dict.fromkeys(["G1", "G3", "G4", "G5", "G6"], "confirmed")
     assert verdicts(chapter(changed=0.02)) == confirmed | {"G2": "refuted", "G7": "refuted"}
-    assert verdicts(chapter(gradients=gradients_table(cosine_split=0.2)))["G6"] == "refuted"
     off = gradients_table()
+    off["cosine_split"] = 0.2 + 0.001 * off["seed"]
+    assert verdicts(chapter(gradients=off))["G6"] == "refuted"
     off["reward_top_10"] = 0.2 + 0.001 * off["seed"]
     assert verdicts(chapter(gradients=off))["G7"] == "confirmed"
 

@@ -8,6 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from nondecoupling.analysis.collapse import is_collapsed
+from nondecoupling.analysis.geometry import alignment_sentence, duration_sentence, threshold_sentence
 from nondecoupling.analysis.measures import auroc, temperature_of_least_loss
 from nondecoupling.analysis.statistics import interval_text, shown
 from nondecoupling.study.contracts import ClaimRow, SweepEntry, TheoryFile
@@ -33,7 +34,8 @@ POLICY_COLUMNS = {
 def rows_of(rows: list[ClaimRow], families: str) -> list[ClaimRow]:
     """The rows of claims.json whose id begins with one of the letters ``families``.
 
-    A, B: the paper's claims; O: ours beside them; T: the theory's statements; K: controls; J: joint training.
+    A, B: the paper's claims; O: ours beside them; T: the theory's statements; K: controls; J: joint training;
+    G: geometry.
     """
     return [row for row in rows if row["id"][0] in families]
 
@@ -207,10 +209,15 @@ def seconds_of(costs: pd.DataFrame) -> pd.Series:
 def cost_sentence(results: Results) -> str:
     """How long a replication takes, by group of the plan, and on what: mean over replications of one core's seconds."""
     seconds, shared = seconds_of(results.costs), results.provenance["shared"]
-    words = {"main": "both experiments", "controls": "controls and joint training", "sweep": "other betas"}
+    words = {
+        "main": "both experiments",
+        "controls": "controls and joint training",
+        "sweep": "other betas",
+        "geometry": "geometry",
+    }
     parts = []
     for group, what in words.items():
-        runs = [run.name for run in results.study.runs_of(group)]
+        runs = [run.name for run in results.study.runs if run.group == group]
         total = seconds[results.costs["run"].isin(runs)].sum()
         if total:
             parts.append(f"{total / len(results.seeds):.0f} s for {what}")
@@ -241,6 +248,9 @@ def document_parts(results: Results) -> dict[str, str]:
     theory = "\n".join(f"* {sentence}" for sentence in theory_sentences(results.read("theory.json")))
     found = markdown_table(findings_table(rows_of(rows, "ABO")))
     words = {"findings": f"{found}\n\n{theory}".strip(), "cost": cost_sentence(results)}
+    if geometry := results.read("geometry.json"):
+        said = [duration_sentence(geometry), threshold_sentence(geometry), alignment_sentence(geometry)]
+        words["geometry"] = "\n\n".join([markdown_table(claims_table(geometry["claims"])), *filter(None, said)])
     return {name: "\n\n".join(map(markdown_table, tables)) for name, tables in parts.items()} | {
         f"{results.study.name}, {part}": text for part, text in words.items()
     }

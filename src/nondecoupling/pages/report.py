@@ -109,6 +109,7 @@ def content_of(results: Results) -> dict[str, Any]:
         "amounts": claim_group(of_theory),
         "controls": claim_group(rows_of(rows, "K")),
         "joint": claim_group(rows_of(rows, "J")),
+        "geometry": claim_group(rows_of(rows, "G")),
         "states": states.to_dict("index"),
         "policies": policies_table(results, *STATES),
         "objections": OBJECTIONS,
