@@ -57,7 +57,7 @@ def gradients_table(**changes):
             "cosine": (value - 0.38) * 4 + 0.01 * seed,
             "cosine_split": (value - 0.38) * 5 + 0.01 * seed,
             "cosine_shuffled": 0.05,
-            "slope": 0.1,
+            "slope": 0.1 + 0.001 * seed,
             "curvature": 0.5,
             "loss_top_10": 0.97,
             "reward_top_10": 0.99 + 0.001 * seed,
@@ -166,17 +166,23 @@ def test_a_policy_that_is_too_unsure_is_told_so_by_refitting():
 
 
 def test_verdicts_follow_the_numbers():
-    confirmed = dict.fromkeys(["G1", "G3", "G4", "G5", "G6"], "confirmed")
-    assert verdicts(chapter(changed=0.02)) == confirmed | {"G2": "refuted", "G7": "refuted"}
+    confirmed = dict.fromkeys(["G1", "G3", "G5", "G6"], "confirmed")
+    found = verdicts(chapter(changed=0.02))
+    assert found.pop("G4") == "inconclusive"  # the same share in three seeds
+    assert found == confirmed | {"G2": "refuted", "G7": "refuted"}
     off = gradients_table()
-    off["cosine_split"] = 0.2 + 0.001 * off["seed"]
+    off["slope"] = -0.2 + 0.001 * off["seed"]
     assert verdicts(chapter(gradients=off))["G6"] == "refuted"
     off["reward_top_10"] = 0.2 + 0.001 * off["seed"]
     assert verdicts(chapter(gradients=off))["G7"] == "confirmed"
 
 
-def test_rl_that_goes_further_than_ideal_turns_elsewhere():
-    assert verdicts(chapter(changed=2.0))["G4"] in ("refuted", "inconclusive")
+def test_a_sign_is_right_where_measured_and_predicted_agree():
+    hurt = geometry.values_of_geometry(chapter(changed=-50.0))[
+        "G4"
+    ]  # RL ends sure of the wrong label: every loss rises
+    changes = geometry.changes_by_start(chapter())
+    assert hurt.to_numpy() == pytest.approx((changes["refitted_belief"] > 0).groupby(changes["seed"]).mean())
 
 
 def test_what_was_not_run_is_not_run():
@@ -217,7 +223,7 @@ def test_sentences_have_the_words_of_their_verdicts(content):
 def test_figures_are_drawn_and_titled_by_the_numbers(content):
     for figure, words in (
         (geometry_figures.draw_duration(content["duration"]), "17% of RL's gain"),
-        (geometry_figures.draw_threshold(content["threshold"]), "RL helps SFT down to"),
+        (geometry_figures.draw_threshold(content["threshold"]), "At β = 1 RL lowers the SFT loss only beyond"),
         (geometry_figures.draw_alignment(content["policies"]), "same way"),
     ):
         titles = [axes.get_title(loc="left") for axes in figure.axes]

@@ -59,7 +59,7 @@ def draw_duration(duration: Duration) -> Figure:
     gain, rise = duration["gain_of_rl"], duration["rise_by_rl"]
     draw_mean(axes, gain["mean"], rise, color=COLOURS["sft-rl"], marker="*", markersize=14)
     axes.annotate(
-        "where GRPO ends", (gain["mean"], rise["mean"]), (-8, 6), textcoords="offset points", ha="right", fontsize=9
+        "where GRPO ends", (gain["mean"], rise["mean"]), (-12, -4), textcoords="offset points", ha="right", fontsize=9
     )
     axes.axhline(FREE, color="0.6", linewidth=1, linestyle=":")
     share = duration["free_share"]
@@ -71,7 +71,7 @@ def draw_duration(duration: Duration) -> Figure:
 
 
 def draw_threshold(threshold: Threshold) -> Figure:
-    """Change of L by RL against how far SFT had come, measured and by the sign rule, a colour for each beta."""
+    """Change of L by RL against how far SFT had come, measured and by refitted belief, a colour for each beta."""
     figure, axes = plt.subplots(figsize=(8, 4.6))
     points = threshold["points"]
     betas = sorted({point["beta"] for point in points})
@@ -79,7 +79,7 @@ def draw_threshold(threshold: Threshold) -> Figure:
     for beta, colour in zip(betas, sns.color_palette("flare", len(betas))[::-1], strict=True):
         of_beta = [point for point in points if point["beta"] == beta]
         x = [point["distance"]["mean"] for point in of_beta]
-        axes.plot(x, [point["truth"]["mean"] for point in of_beta], "--", color=colour, linewidth=1.2)
+        axes.plot(x, [point["refitted_belief"]["mean"] for point in of_beta], "--", color=colour, linewidth=1.2)
         axes.plot(x, [point["measured"]["mean"] for point in of_beta], color=colour, linewidth=2)
         for point in of_beta:
             draw_mean(axes, point["distance"]["mean"], point["measured"], color=colour, marker="o")
@@ -101,12 +101,25 @@ def draw_threshold(threshold: Threshold) -> Figure:
             color="0.35",
         )
     axes.tick_params(axis="x", pad=14)
-    zero = next((zero["measured"] for zero in threshold["zeros"] if zero["beta"] == betas[len(betas) // 2]), None)
-    said = f"RL helps SFT down to {zero['mean']:.2f} nats above the least loss" if zero else "RL turns nowhere"
-    axes.set_title(said + " (line: measured, dashed: sign rule)", loc="left", weight="bold", fontsize=11)
+    axes.set_title(title_of_threshold(threshold), loc="left", weight="bold", fontsize=11)
+    axes.text(0, 1.01, "line: measured, 95 % intervals; dashed: predicted by refitted belief", fontsize=9, color="0.35",
+              transform=axes.transAxes)  # fmt: skip
     axes.set(xlabel="L - L* where RL begins, nats (SFT goes to the right)", ylabel="change of the SFT loss by RL, nats")
     label_ends(axes, ends)
     return figure
+
+
+def title_of_threshold(threshold: Threshold) -> str:
+    """Where RL helps SFT, in words that follow from the numbers."""
+    turning = [zero for zero in threshold["zeros"] if zero["measured"]]
+    if turning:
+        highest = max(turning, key=lambda zero: zero["beta"])
+        least = highest["measured"]["mean"]  # type: ignore[index]
+        return f"At β = {highest['beta']:g} RL lowers the SFT loss only beyond {least:.2f} nats above the least"
+    raised = [point["measured"]["mean"] > 0 for point in threshold["points"]]
+    if all(raised):
+        return "RL raises the SFT loss from every start"
+    return "Where RL helps SFT depends on β" if any(raised) else "RL lowers the SFT loss from every start"
 
 
 def draw_alignment(policies: list[PolicyGeometry]) -> Figure:
@@ -167,7 +180,7 @@ def draw_story(results: Results) -> Figure:
     levels = measured_levels(results, *runs)
     q, labels = known_agreement(results), {}
     if q is not None:
-        edge = frontier(q, np.geomspace(1e-3, 30, 300))
+        edge = frontier(q, np.geomspace(1e-3, 1e3, 400))
         axes.plot(edge["sft_loss"], edge["reward"], color=PERFECT, linewidth=5, alpha=0.4, zorder=0)
     own = own_frontier(results, FRONTIER_BETAS)
     axes.plot(own["sft_loss"], own["reward"], color=OWN, linewidth=5, alpha=0.35, zorder=0)
@@ -206,5 +219,8 @@ def draw_story(results: Results) -> Figure:
     axes.set_title(
         "Whatever comes last decides where on the way from calibrated to sharp", loc="left", weight="bold", fontsize=11
     )
+    known = edge.iloc[(edge["sft_loss"] - axes.get_xlim()[1]).abs().argmin()] if q is not None else None
+    if known is not None:
+        labels["knows the truth"] = known["sft_loss"], known["reward"], "0.45"
     label_points(axes, labels)
     return figure

@@ -291,7 +291,7 @@ class Threshold(TypedDict):
 class GeometryFile(TypedDict):
     """geometry.json: how long, when, and along which directions RL after SFT costs SFT loss."""
 
-    policies: list[PolicyGeometry]  # in the plan's order
+    policies: list[PolicyGeometry]  # along SFT, then what RL was part of
     duration: Duration
     threshold: Threshold | None  # None where RL was not begun between base and SFT
     lojasiewicz: OverSeeds | None  # mu along SFT

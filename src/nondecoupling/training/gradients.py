@@ -202,8 +202,12 @@ def split_summary(gram: FloatArray, loss: FloatArray, reward: FloatArray, curvat
         across["curvature"].append(float(np.mean(curvature[held] * moved[held] ** 2)) / square)
     mean = {name: float(np.mean(values)) for name, values in across.items()}
     lengths = mean["loss loss"] * mean["reward reward"]
-    certain = {"cosine_split": -mean["loss reward"] / np.sqrt(lengths)} if min(mean["loss loss"], lengths) > 0 else {}
-    return {"slope": mean["slope"], "curvature": mean["curvature"], **certain}
+    found = {"slope": mean["slope"], "curvature": mean["curvature"]}
+    if min(mean["loss loss"], lengths) > 0:
+        found["cosine_split"] = float(
+            np.clip(-mean["loss reward"] / np.sqrt(lengths), -1, 1)
+        )  # estimates may go beyond
+    return found
 
 
 def spectrum(gram: FloatArray, curvature: FloatArray) -> tuple[FloatArray, FloatArray]:
