@@ -89,8 +89,8 @@ verify: $(READY) ## could your results come from the committed reference?
 report: $(READY) ## write results/<study>/report.html once more
 	@$(WORKFLOW) report $(STUDY) --shown
 
-lab: $(READY) ## open JupyterLab on the notebooks, explore.ipynb first
-	@$(KERNELS) $(PYTHON) -m jupyterlab notebooks/explore.ipynb
+lab: $(READY) ## JupyterLab on copies of the notebooks, tour first
+	@$(WORKFLOW) lab
 
 bench: $(READY) ## time and memory of PROFILE here (RANDOM_WEIGHTS=1: no hub)
 	@$(WORKFLOW) bench $(STUDY) $(if $(value RANDOM_WEIGHTS),--random-weights)

@@ -47,16 +47,19 @@ def finished_sft(results, environment, tmp_path):
     return folders.read_json(folder / folders.METRICS)["evaluation"], weights
 
 
-def test_a_stage_gives_the_same_numbers_in_other_surroundings(tmp_path):
+def test_a_stage_gives_the_same_numbers_in_other_surroundings(tmp_path, built_sft):
+    """Data, base and SFT by make in foreign surroundings, and the same three without make, kernel or notebook."""
     home = tmp_path / "home" / ".ipython" / "profile_default"
     home.mkdir(parents=True)
     for name in ("ipython_config.py", "ipython_kernel_config.py"):
         (home / name).write_text(CONFIGURATION)
     (tmp_path / "startup.py").write_text("raise SystemExit(9)")
     user = {"IPYTHONDIR": str(home.parent), "PYTHONSTARTUP": str(tmp_path / "startup.py")}
-    plain = finished_sft(tmp_path / "plain", {}, tmp_path)
-    assert plain == finished_sft(tmp_path / "foreign", FOREIGN | user, tmp_path)
-    assert plain[1]
+    evaluation, weights = finished_sft(tmp_path / "foreign", FOREIGN | user, tmp_path)
+    plain = built_sft.folder
+    assert evaluation == folders.read_json(plain / folders.METRICS)["evaluation"]
+    assert weights == {path.name: path.read_bytes() for path in (plain / folders.POLICY).glob("*.safetensors")}
+    assert weights
 
 
 def test_what_is_not_the_studys_own_is_kept_away(monkeypatch):

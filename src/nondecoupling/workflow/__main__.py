@@ -108,6 +108,12 @@ def score(args: Arguments) -> None:
     write_scores(args.study, args.seeds)
 
 
+def open_lab(args: Arguments) -> None:
+    from nondecoupling.workflow.lab import open_lab
+
+    open_lab()
+
+
 def make_smollm2(args: Arguments) -> None:
     from nondecoupling.task import smollm2
 
@@ -132,6 +138,7 @@ ACTIONS: dict[str, Callable[[Arguments], None]] = {
     "notebooks": lambda args: notebooks.renew_committed(args.study),
     "bench": bench,
     "score": score,
+    "lab": open_lab,
     "smollm2": make_smollm2,
     "clean": clean,
 }
