@@ -33,9 +33,11 @@ endif
 ifeq ($(CONDA_DEFAULT_ENV),nondecoupling)
 PYTHON := python
 READY  :=
+BUILDER :=
 else
 PYTHON := .venv/bin/python
 READY  := .venv/.ready
+BUILDER := .venv/.book
 endif
 
 # An option's value as one word of the shell, whatever is in it.
@@ -46,7 +48,7 @@ HOW      = --scheduler=$(call quoted,SCHEDULER) --jobs=$(call quoted,JOBS)
 WORKFLOW = $(PYTHON) -m nondecoupling.workflow
 KERNELS  = JUPYTER_PATH='$(subst ','\'',$(CURDIR))/src/nondecoupling/workflow/jupyter'
 
-TARGETS := FORCE help setup reproduce controls betas everything seeds study theory sweep list bench score smollm2 lab test lint \
+TARGETS := FORCE help setup reproduce controls betas everything seeds study theory sweep list bench score smollm2 lab book test lint \
            verify report reference notebooks clean
 .PHONY: $(TARGETS)
 
@@ -89,6 +91,9 @@ report: $(READY) ## write results/<study>/report.html once more
 lab: $(READY) ## open JupyterLab on the notebooks, explore.ipynb first
 	@$(KERNELS) $(PYTHON) -m jupyterlab notebooks/explore.ipynb
 
+book: $(READY) $(BUILDER) ## book/index.html: chapters, docs and reports as a site
+	@$(WORKFLOW) book
+
 bench: $(READY) ## time and memory of PROFILE here (RANDOM_WEIGHTS=1: no hub)
 	@$(WORKFLOW) bench $(STUDY) $(if $(value RANDOM_WEIGHTS),--random-weights)
 
@@ -108,6 +113,11 @@ setup: $(READY) ## create .venv (all targets do it by themselves): 2 min
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed")'
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -e .
+	@touch $@
+
+.venv/.book: .venv/.ready
+	@echo 'installing what builds the book, once: about 70 MB'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[book]'
 	@touch $@
 
 # The notebooks run in a results folder of their own, so that a test never touches a study.

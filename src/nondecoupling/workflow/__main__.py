@@ -81,6 +81,12 @@ def make_report(args: Arguments) -> None:
         print(path)
 
 
+def make_book(args: Arguments) -> None:
+    from nondecoupling.pages.book import build_book
+
+    print(build_book(folders.REPOSITORY / "book"))
+
+
 def verify(args: Arguments) -> None:
     from nondecoupling.workflow import reference
 
@@ -124,6 +130,7 @@ ACTIONS: dict[str, Callable[[Arguments], None]] = {
     "run": run_part,
     "tables": make_tables,
     "report": make_report,
+    "book": make_book,
     "list": lambda args: print("\n".join(graph.status_lines(args.study, args.seeds))),
     "verify": verify,
     "reference": make_reference,
