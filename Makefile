@@ -3,15 +3,17 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-OPTIONS := PROFILE SEEDS JOBS DATA MODEL SET SCHEDULER RANDOM_WEIGHTS
-PROFILE ?= nano
+OPTIONS := PROFILE SEEDS JOBS DATA MODEL SET SCHEDULER RANDOM_WEIGHTS FORMAT
+PROFILE ?=
 SEEDS   ?=
 DATA    ?=
 MODEL   ?=
 SET     ?=
 RANDOM_WEIGHTS ?=
-# Empty: this machine. local, or the address of a running scheduler: a Dask cluster.
+# Empty: this machine. local, or the address or the file of a running scheduler: a Dask cluster.
 SCHEDULER ?=
+# commands: of `list`, a command for each run that is not finished.
+FORMAT  ?= grid
 # On processors runs are side by side with a thread each; studies of real models share a GPU one after the other.
 ifndef JOBS
 JOBS    := $(if $(and $(wildcard /dev/nvidia0),$(filter-out nano tiny,$(value PROFILE))),1,$(shell nproc 2>/dev/null || echo 2))
@@ -60,7 +62,8 @@ help: ## print the targets
 	@echo '  PROFILE=nano|laptop|paper|tiny    SEEDS=0-4    JOBS=2 (runs side by side)'
 	@echo '  DATA=folder of TSV files          MODEL=folder of a causal LM'
 	@echo '  SET="rl.beta=0.25 sft.steps=100"  any setting of src/nondecoupling/profiles/'
-	@echo '  SCHEDULER=local|tcp://host:8786   a Dask cluster instead of this machine'
+	@echo '  SCHEDULER=local|tcp://host:8786   a Dask cluster; also its scheduler file'
+	@echo '  FORMAT=commands                   of list: a command for each run to do'
 	@echo '  older names: study (controls), theory (betas), sweep (seeds)'
 
 reproduce: $(READY) ## both experiments, five seeds, claims and report: 3 min
@@ -80,7 +83,7 @@ seeds: $(READY) ## reproduce with more seeds (SEEDS=0-19): 10 min more
 	@$(WORKFLOW) reproduce $(STUDY) $(HOW)
 
 list: $(READY) ## which runs are finished, and what makes the others
-	@$(WORKFLOW) list $(STUDY)
+	@$(WORKFLOW) list $(STUDY) --format=$(call quoted,FORMAT)
 
 verify: $(READY) ## could your results come from the committed reference?
 	@$(WORKFLOW) verify $(STUDY)
