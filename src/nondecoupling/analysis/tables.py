@@ -219,6 +219,16 @@ def cost_sentence(results: Results) -> str:
     return f"{took} (mean of {len(results.seeds)})."
 
 
+def runs_sentence(results: Results) -> str:
+    """How many of the plan's runs are finished, and how many policies collapsed."""
+    planned = sum(1 if run.once else len(results.seeds) for run in results.study.runs)
+    policies = results.final()
+    return (
+        f"{len(results.costs)} of {planned} runs of the plan finished, for {len(results.seeds)} seeds; "
+        f"{int(is_collapsed(policies).sum())} of {len(policies)} policies collapsed."
+    )
+
+
 # Tables in documents
 
 
@@ -240,7 +250,11 @@ def document_parts(results: Results) -> dict[str, str]:
         parts[f"{results.study.name}, controls"] = [*tables, policies_table(results, *others)]
     theory = "\n".join(f"* {sentence}" for sentence in theory_sentences(results.read("theory.json")))
     found = markdown_table(findings_table(rows_of(rows, "ABO")))
-    words = {"findings": f"{found}\n\n{theory}".strip(), "cost": cost_sentence(results)}
+    words = {
+        "findings": f"{found}\n\n{theory}".strip(),
+        "cost": cost_sentence(results),
+        "runs": runs_sentence(results),
+    }
     return {name: "\n\n".join(map(markdown_table, tables)) for name, tables in parts.items()} | {
         f"{results.study.name}, {part}": text for part, text in words.items()
     }
