@@ -6,6 +6,7 @@ Nothing is written and nothing is trained here.
 from collections.abc import Callable
 from functools import cache
 from html import escape
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -91,7 +92,7 @@ def show_live(draw: Callable[..., Any], **controls: ValueWidget) -> None:
     def drawn() -> Any:
         try:
             content = draw(**{name: control.value for name, control in controls.items()})
-        except (FileNotFoundError, KeyError, ValueError) as error:
+        except (FileNotFoundError, ImportError, KeyError, ValueError) as error:
             return HTML(f"<em>{escape(str(error))}</em>")
         if isinstance(content, Figure):
             plt.close(content)  # or it would be displayed a second time at the end of the cell
@@ -191,8 +192,10 @@ def rises_after_sft(measured: pd.DataFrame) -> pd.DataFrame:
 def load_policies(name: str, seed: int) -> tuple[Results, "PreTrainedTokenizerBase", dict[str, Any]]:
     """The results of the study ``name``, its tokenizer, and the policies of `STATES` that are there.
 
-    Raises FileNotFoundError that says what to run where there is none.
+    Raises FileNotFoundError that says what to run where there is none, ImportError where nothing can run them.
     """
+    if find_spec("torch") is None:
+        raise ImportError("Policies need torch, which this environment has not: all else here works without.")
     results = find_studies()[name]
     study = results.study
     places = {run: folders.run_folder(results.folder, study.run(run), seed) / folders.POLICY for run in STATES}
