@@ -1,4 +1,4 @@
-"""What a person with a browser sees: the report, and the notebook ``explore`` in JupyterLab.
+"""What a person with a browser sees: the report, the book, and the notebook ``explore`` in JupyterLab.
 
 Screenshots are kept in ``screenshots/``, which git ignores, to be looked at.
 """
@@ -8,13 +8,16 @@ import json
 import shutil
 import struct
 import subprocess
+import threading
 import urllib.request
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
-from nondecoupling.pages import report
+from nondecoupling.pages import book, report
 from nondecoupling.study import folders
 from nondecoupling.study.study import load_study
 from nondecoupling.workflow import lab
@@ -148,6 +151,88 @@ def test_report_prints_whole(browser, report_file):
     SCREENSHOTS.mkdir(exist_ok=True)
     (SCREENSHOTS / "report-print.pdf").write_bytes(printed)
     assert printed.count(b"/Type /Page\n") in range(5, 17)
+
+
+# The book
+
+
+class Quietly(SimpleHTTPRequestHandler):
+    """Serves files without a line for each."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Address of the built book on this machine."""
+    for name in ("sphinx", "myst_nb", "furo"):
+        pytest.importorskip(name, reason="the book's builder is not installed: .[book]")
+    page = book.build_book(tmp_path_factory.mktemp("built") / "book")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quietly, directory=str(page.parent)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def pictures_of(notebook: Any) -> int:
+    """How many outputs of a notebook a browser shows as pictures."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+
+
+def test_the_book_is_read_page_by_page_and_asks_nobody_else(browser, site):
+    """Along its links to the next page: every notebook and document is there, with every figure and formula."""
+    from selenium.webdriver.common.by import By
+
+    home, expected = folders.REPOSITORY, ["index"]
+    for pattern in ("notebooks/*.ipynb", "results/reference/*/report.html", "docs/*.md", "CONTRIBUTING.md"):
+        paths = [path.relative_to(home) for path in sorted(home.glob(pattern))]
+        expected += [
+            f"reports/{path.parent.name}" if path.suffix == ".html" else path.with_suffix("").as_posix()
+            for path in paths
+        ]
+    look_like(browser, 1400, "light")
+    requested(browser), browser.get_log("browser")  # of tests before
+    browser.get(f"{site}/index.html")
+    read = []
+    while True:
+        name = browser.current_url.removeprefix(f"{site}/").removesuffix(".html")
+        read.append(name)
+        until(lambda: browser.execute_script("return document.readyState") == "complete", f"{name} is there")
+        images = browser.execute_script("return [...document.images].map(image => [image.naturalWidth, image.src])")
+        assert [source for width, source in images if not width] == []
+        notebook = home / f"{name}.ipynb"
+        if notebook.exists():
+            assert len(images) == pictures_of(notebook)
+        if name.startswith("reports/"):
+            browser.switch_to.frame(browser.find_element(By.TAG_NAME, "iframe"))
+            assert "reproduced" in browser.find_element(By.TAG_NAME, "body").text
+            browser.switch_to.default_content()
+        if browser.find_elements(By.CSS_SELECTOR, ".math"):
+            until(lambda: browser.find_elements(By.CSS_SELECTOR, "mjx-container"), f"formulas of {name}")
+        if name == "notebooks/05_claims":
+            keep_screenshot(browser, "book-claims")
+        following = browser.find_elements(By.CSS_SELECTOR, "a.next-page")
+        if not following:
+            break
+        browser.get(following[0].get_attribute("href"))
+    assert read == expected
+    back = browser.find_element(By.CSS_SELECTOR, "a.prev-page").get_attribute("href")
+    assert back == f"{site}/{expected[-2]}.html"
+    severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+    assert [line for line in severe if "favicon.ico" not in line["message"]] == []
+    near = (site, "data:", "chrome")
+    assert [address for address in requested(browser) if not address.startswith(near)] == []
+
+
+def test_the_book_is_searched(browser, site):
+    from selenium.webdriver.common.by import By
+
+    browser.get(f"{site}/notebooks/06_theory.html")
+    browser.find_element(By.CSS_SELECTOR, "input[name=q]").send_keys("annotators\n")
+    until(lambda: browser.find_elements(By.PARTIAL_LINK_TEXT, "Data"), "the chapter on data is found", 20)
+    assert all(address.startswith((site, "data:")) for address in requested(browser))
 
 
 # JupyterLab

@@ -27,7 +27,7 @@ COMMANDS = [
     if line.strip()
 ]
 REFERENCES = REPOSITORY / "results" / "reference"
-OPTIONS = {"RANDOM_WEIGHTS", "PROFILE", "SEEDS", "DATA", "MODEL", "SET", "JOBS", "SCHEDULER"}
+OPTIONS = {"RANDOM_WEIGHTS", "PROFILE", "SEEDS", "DATA", "MODEL", "SET", "JOBS", "SCHEDULER", "FORMAT"}
 
 
 def test_readme_shows_the_main_commands():

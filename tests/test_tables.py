@@ -201,6 +201,15 @@ def test_a_run_that_serves_all_replications_costs_each_its_part():
     assert " took 30 s for both" in tables.cost_sentence(found._replace(costs=once))
 
 
+def test_runs_that_did_not_finish_and_policies_that_collapsed_are_counted():
+    one_collapsed = {"predicted_acceptable_rate": [1.0, 0.7, 0.7], "mcc": [0.0, 0.5, 0.5]}
+    found = results_of(load_study("nano"), metrics=metrics_of({"base": {}, "sft": one_collapsed}))
+    found = timed(found, {"base": [30, 60, 90], "sft": [9, 9, 9]})
+    assert tables.runs_sentence(found._replace(costs=found.costs.iloc[1:])) == (
+        f"5 of {3 * len(found.study.runs)} runs of the plan finished, for 3 seeds; 1 of 6 policies collapsed."
+    )
+
+
 def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     study = load_study("nano")
 
@@ -212,7 +221,7 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     folders.write_json(tmp_path / "claims.json", rows + controls_not_run(study))
     folders.write_json(tmp_path / "theory.json", {"sweep": None, "who_pays": [], "crossing": None})
     without = parts(MEASURED)
-    assert list(without) == ["nano", "nano, findings", "nano, cost"]
+    assert list(without) == ["nano", "nano, findings", "nano, cost", "nano, runs"]
     found = tables.markdown_table(tables.findings_table(rows))  # of the paper's claims and ours beside them alone
     assert without["nano, findings"] == found
     assert "| RL after SFT raises the SFT loss (A1) | rises sharply | +0.150 [+0.100, +0.200] | reproduced |" in found
@@ -224,7 +233,7 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     folders.write_json(tmp_path / "theory.json", {"sweep": [sweep_entry()], "who_pays": [], "crossing": None})
     runs = MEASURED | {run.name: {} for run in study.runs_of("controls") if run.stage != "reward_model"}
     everything = parts(runs | {"reward-model": {}})
-    assert list(everything) == ["nano", "nano, controls", "nano, findings", "nano, cost"]
+    assert list(everything) == ["nano", "nano, controls", "nano, findings", "nano, cost", "nano, runs"]
     assert "| β | steps |" in everything["nano"]
     for words in ("| K1: ", "| J2-interleaved: ", "| rl-rl | 0.400 |"):
         assert words in everything["nano, controls"]

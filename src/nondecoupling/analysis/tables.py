@@ -268,6 +268,16 @@ def cost_sentence(results: Results) -> str:
     return f"{took} (mean of {len(results.seeds)})."
 
 
+def runs_sentence(results: Results) -> str:
+    """How many of the plan's runs are finished, and how many policies collapsed."""
+    planned = sum(1 if run.once else len(results.seeds) for run in results.study.runs)
+    policies = results.final()
+    return (
+        f"{len(results.costs)} of {planned} runs of the plan finished, for {len(results.seeds)} seeds; "
+        f"{int(is_collapsed(policies).sum())} of {len(policies)} policies collapsed."
+    )
+
+
 # Tables in documents
 
 
@@ -289,7 +299,11 @@ def document_parts(results: Results) -> dict[str, str]:
         parts[f"{results.study.name}, controls"] = [*tables, policies_table(results, *others)]
     theory = "\n".join(f"* {sentence}" for sentence in theory_sentences(results.read("theory.json")))
     found = markdown_table(findings_table(rows_of(rows, "ABO")))
-    words = {"findings": f"{found}\n\n{theory}".strip(), "cost": cost_sentence(results)}
+    words = {
+        "findings": f"{found}\n\n{theory}".strip(),
+        "cost": cost_sentence(results),
+        "runs": runs_sentence(results),
+    }
     if geometry := results.read("geometry.json"):
         said = [duration_sentence(geometry), threshold_sentence(geometry), alignment_sentence(geometry)]
         words["geometry"] = "\n\n".join([markdown_table(claims_table(geometry["claims"])), *filter(None, said)])

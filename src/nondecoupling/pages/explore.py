@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -163,7 +164,7 @@ def show_live(draw: Callable[..., Any], **controls: ValueWidget) -> None:
     def drawn() -> Any:
         try:
             content = draw(**{name: control.value for name, control in controls.items()})
-        except (FileNotFoundError, KeyError, ValueError) as error:
+        except (FileNotFoundError, ImportError, KeyError, ValueError) as error:
             return HTML(f"<em>{escape(str(error))}</em>")
         if isinstance(content, Figure):
             plt.close(content)  # or it would be displayed a second time at the end of the cell
@@ -263,8 +264,10 @@ def load_policies(name: str, seed: int | None) -> tuple[Results, "PreTrainedToke
     """The results of the study ``name``, its tokenizer, the policies of `STATES` that are there, and whose they are.
 
     Those of replication ``seed``, or of the first that has any. Raises FileNotFoundError that says what to run where
-    there is none.
+    there is none, ImportError where nothing can run them.
     """
+    if find_spec("torch") is None:
+        raise ImportError("Policies need torch, which this environment has not: all else here works without.")
     results = find_studies()[name]
     study = results.study
     policies_of = {replication: policy_folders(results, replication) for replication in results.seeds}
