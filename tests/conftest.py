@@ -40,6 +40,16 @@ def tiny(changes: dict | None = None) -> Study:
     return replace(load_study("tiny", overrides=changes), name="tiny")
 
 
+def apart_and_together(tokenizer, prompt, sentence, response):
+    """Token ids of question and answer, each by itself, and of the chat that holds both, as far as the answer's end."""
+    from nondecoupling.task import prompts
+
+    chat = [*prompts.prompt_messages(prompt, sentence), {"role": "assistant", "content": response}]
+    [whole] = prompts.ids_of(tokenizer, prompts.rendered(tokenizer, [chat], asking=False))
+    apart = [*prompts.prompt_ids(tokenizer, prompt, [sentence])[0], *prompts.response_ids(tokenizer, response)]
+    return apart, whole[: len(apart)]
+
+
 @contextmanager
 def results_in(folder: Path):
     with pytest.MonkeyPatch.context() as patch:

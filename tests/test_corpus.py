@@ -2,14 +2,18 @@
 
 import csv
 import hashlib
+import os
 
 import pandas as pd
 import pytest
 
 from conftest import make_data, tiny
 from nondecoupling.study import folders
-from nondecoupling.study.profile import Data
+from nondecoupling.study.profile import Columns, Data
+from nondecoupling.study.study import load_study, parse_overrides
 from nondecoupling.task import corpus, grammar, hub
+from nondecoupling.workflow import __main__ as cli
+from nondecoupling.workflow import executor
 
 AWKWARD = [
     ("s1", 1, "", 'He said "hello" and left.'),
@@ -42,7 +46,7 @@ def write(folder, split="train", text="a\t1\t\tFine.\nb\t0\t*\tFine not.\n"):
 def test_awkward_sentences_survive_a_round_trip(tmp_path):
     table = pd.DataFrame(AWKWARD, columns=corpus.COLUMNS)
     corpus.write_tsv(table, tmp_path / "t.tsv")
-    pd.testing.assert_frame_equal(corpus.read_tsv(tmp_path / "t.tsv"), table)
+    pd.testing.assert_frame_equal(corpus.read_file(tmp_path / "t.tsv"), table)
     lines = (tmp_path / "t.tsv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == 's1\t1\t\tHe said "hello" and left.'  # as in CoLA's files: nothing quoted or escaped
 
@@ -51,30 +55,31 @@ def test_what_the_csv_module_reads_without_quoting_is_what_is_read(tmp_path):
     path = write(tmp_path, text='x\t1\t\t"One\ny\t0\t*\ttwo" three\n')
     with path.open(newline="") as lines:
         expected = [row[3] for row in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)]
-    assert corpus.read_tsv(path)["sentence"].tolist() == expected == ['"One', 'two" three']
+    assert corpus.read_file(path)["sentence"].tolist() == expected == ['"One', 'two" three']
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", ""])
 def test_line_ends_do_not_matter(tmp_path, end):
     path = write(tmp_path, text=f"x\t1\t\tOne.{end or chr(10)}y\t0\t*\tTwo.{end}")
-    assert corpus.read_tsv(path)["sentence"].tolist() == ["One.", "Two."]
+    assert corpus.read_file(path)["sentence"].tolist() == ["One.", "Two."]
 
 
 @pytest.mark.parametrize(
     "line",
-    ["x\t1\tThree columns.", "x\t1\t\tFive\tcolumns.", "x\t2\t\tLabel two.", "x\tacceptable\t\tWord.", "x\t1\t\t ", ""],
+    ["x\t1\tThree columns.", "x\t1\t\tFive\tcolumns.", "x\t2\t\tLabel two.", "x\tmaybe\t\tWord.", "x\t1\t\t ", ""],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, line):
     path = write(tmp_path, text=f"a\t1\t\tFine.\n{line}\nb\t0\t*\tFine not.\n")
-    with pytest.raises(ValueError, match="line 2: expected source, label 0 or 1, mark, sentence") as caught:
-        corpus.read_tsv(path)
+    words = "expected source, label 0 or 1, mark, sentence|the label is '(2|maybe)'|there is no sentence"
+    with pytest.raises(ValueError, match=f"line 2: ({words})") as caught:
+        corpus.read_file(path)
     assert str(path) in str(caught.value)
 
 
 def test_an_empty_file_is_named(tmp_path):
     path = write(tmp_path, text="")
     with pytest.raises(ValueError, match=f"{path} is empty"):
-        corpus.read_tsv(path)
+        corpus.read_file(path)
 
 
 # A folder
@@ -281,7 +286,7 @@ def test_more_disagreement_changes_labels_and_no_sentence(generated, tmp_path):
 def test_cola_has_the_rows_and_bytes_that_are_pinned(cola, name):
     rows, digest, share = COLA[name]
     assert hashlib.sha256((cola / name).read_bytes()).hexdigest() == digest
-    table = corpus.read_tsv(cola / name)
+    table = corpus.read_file(cola / name)
     assert len(table) == rows
     assert round(table["label"].mean(), 4) == share
 
@@ -298,7 +303,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     path = tmp_path / "in_domain_dev.tsv"
     path.write_bytes(b"x\t1\t\tFa\xe7ade.\n")
     with pytest.raises(ValueError, match=r"in_domain_dev\.tsv is not UTF-8"):
-        corpus.read_tsv(path)
+        corpus.read_file(path)
 
 
 # CoLA, from its files and from GLUE
@@ -373,9 +378,9 @@ def test_two_named_columns_are_a_corpus(tmp_path, dev):
     [
         ("Is it?\t1\nIt is.\t0\n", ["line 1", "'sentence' and 'label'", "'Is it?'"]),
         ("sentence,label\nIs it?,1\n", ["line 1", "separated by a tab"]),
-        ("sentence\tlabel\nIs it?\t1\nIt is.\tno\n", ["line 3", "'no'", "0 or 1"]),
-        ("sentence\tlabel\nIs\tit?\t1\n", ["line 2", "one tab"]),
-        ("sentence\tlabel\n\n", ["line 2", "one tab"]),
+        ("sentence\tlabel\nIs it?\t1\nIt is.\tso\n", ["line 3", "'so'", "1 or 0"]),
+        ("sentence\tlabel\nIs\tit?\t1\n", ["line 2", "2 cells"]),
+        ("sentence\tlabel\n\nIs it?\t1\n", ["line 2", "2 cells"]),
         ("sentence\tlabel\n \t1\n", ["line 2", "no sentence"]),
         ("", ["empty"]),
     ],
@@ -392,3 +397,168 @@ def test_faults_of_a_task_are_named_with_file_and_line(tmp_path, text, words):
 def test_folder_without_files_says_which_it_may_hold(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"in_domain_train.tsv and in_domain_dev.tsv, or train.tsv and dev.tsv"):
         corpus.load_corpus(tmp_path)
+
+
+# The shapes in which corpora of acceptability are published
+
+ROWS = [
+    ("Plain.", 1),
+    ('He said "stop" twice.', 0),
+    ('"So," she said, "it is."', 1),
+    ("A, comma; and 'that'", 0),
+    ("It\u2019s “curly”, ünd 日本語。", 1),
+    ("1997", 0),
+]
+PUBLISHED = pd.DataFrame(ROWS, columns=["sentence", "label"])
+WORDS = PUBLISHED.assign(label=PUBLISHED["label"].map({1: "Acceptable", 0: "unacceptable"}))
+
+
+def published(folder, table, train="train.tsv", dev="dev.tsv", **how):
+    for name in (train, dev):
+        table.to_csv(folder / name, index=False, **how)
+
+
+def rucola(folder):
+    table = PUBLISHED.rename(columns={"label": "acceptable"}).assign(error_type="0", detailed_source="Rusgram")
+    for name in ("in_domain_train.csv", "in_domain_dev.csv", "out_of_domain_dev.csv"):
+        table.reset_index(names="id").to_csv(folder / name, index=False)
+    (folder / "test.csv").write_text("id,sentence\n")
+    return {"sentence": "sentence", "label": "acceptable", "source": "detailed_source"}
+
+
+def jcola(folder):
+    table = PUBLISHED.assign(uid=range(6), source="Kuno (1973)", diacritic="g", phenomenon="binding")
+    table = table.rename(columns={"sentence": "text"})
+    for name in ("in_domain_train-v1.0.json", "in_domain_valid-v1.0.json", "out_of_domain_valid-v1.0.json"):
+        table.to_json(folder / name, orient="records", lines=True, force_ascii=False)
+    return {"sentence": "text"}
+
+
+def glue_archive(folder):
+    """As its archive is unpacked: CoLA's four columns under other names, a test set without labels, the originals."""
+    for name in ("train.tsv", "dev.tsv"):
+        corpus.write_tsv(PUBLISHED.assign(source="gj04", mark=""), folder / name)
+    (folder / "test.tsv").write_text("index\tsentence\n0\tPlain.\n")
+    (folder / "original").mkdir()
+
+
+SHAPES = {
+    "tsv as pandas quotes it": lambda folder: published(folder, PUBLISHED, sep="\t"),
+    "tsv with every cell quoted": lambda folder: published(folder, PUBLISHED, sep="\t", quoting=csv.QUOTE_ALL),
+    "tsv with words quoted": lambda folder: published(folder, PUBLISHED, sep="\t", quoting=csv.QUOTE_NONNUMERIC),
+    "tsv without quotes": lambda folder: published(folder, PUBLISHED, sep="\t", quoting=csv.QUOTE_NONE, quotechar=None),
+    "csv": lambda folder: published(folder, PUBLISHED, "train.csv", "validation.csv"),
+    "csv with every cell quoted": lambda folder: published(
+        folder, PUBLISHED, "train.csv", "dev.csv", quoting=csv.QUOTE_ALL
+    ),
+    "Excel's csv": lambda folder: published(
+        folder, PUBLISHED, "train.csv", "dev.csv", encoding="utf-8-sig", lineterminator="\r\n"
+    ),
+    "Excel's tsv": lambda folder: published(folder, PUBLISHED, sep="\t", encoding="utf-8-sig", lineterminator="\r\n"),
+    "labels as words": lambda folder: published(folder, WORDS, sep="\t"),
+    "labels as fractions": lambda folder: published(folder, PUBLISHED.astype({"label": float}), sep="\t"),
+    "labels as truth values": lambda folder: published(folder, PUBLISHED.astype({"label": bool}), sep="\t"),
+    "RuCoLA": rucola,
+    "JCoLA": jcola,
+    "GLUE": glue_archive,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_published_corpus_is_read_as_it_was_written(shape, tmp_path):
+    columns = SHAPES[shape](tmp_path) or {}
+    (tmp_path / "notes.txt").write_text("not read")
+    table = corpus.load_corpus(tmp_path, Columns(**columns))
+    for _, found in table.groupby("split"):
+        assert list(found[["sentence", "label"]].itertuples(index=False, name=None)) == ROWS
+    splits = ["train", "dev", "dev_out"] if "CoLA" in shape else ["train", "dev"]
+    assert table["split"].unique().tolist() == splits
+    if shape in ("RuCoLA", "JCoLA", "GLUE"):
+        assert set(table["source"]) == {{"RuCoLA": "Rusgram", "JCoLA": "Kuno (1973)", "GLUE": "gj04"}[shape]}
+
+
+def test_cola_itself_is_read_without_quotes(cola):
+    for path in sorted(cola.glob("*.tsv")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert corpus.read_file(path)["sentence"].tolist() == [line.split("\t")[3] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('sentence,label\n"Open,1\nIt is.,0\n', ["line 2", "2 cells"]),
+        ("sentence,label\n" + "x" * 140_000 + ",1\n", ["field larger than field limit"]),
+        ("sentence,label\nHm.,-1\n", ["line 2", "'-1'"]),  # a test set whose labels are kept back
+        ("satz,urteil\nHm.,1\n", ["line 1", "'sentence' and 'label'", "data.columns="]),
+        ("sentence,label,label\nHm.,1,0\n", ["line 1", "'label', 'label'"]),
+    ],
+)
+def test_faults_of_a_csv_are_named(tmp_path, text, words):
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"train\.csv") as caught:
+        corpus.read_file(tmp_path / "train.csv")
+    assert [word for word in words if word not in str(caught.value)] == []
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"sentence": "Hm."}\n{"label": 1}', "1"])
+def test_json_that_holds_no_rows_is_named(tmp_path, text):
+    (tmp_path / "train.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"train\.jsonl"):
+        corpus.read_file(tmp_path / "train.jsonl")
+
+
+def test_two_files_of_one_split_are_named(tmp_path):
+    published(tmp_path, PUBLISHED, sep="\t")
+    write(tmp_path)
+    with pytest.raises(ValueError, match=r"holds in_domain_train\.tsv and train\.tsv; leave one"):
+        corpus.load_corpus(tmp_path)
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    published(tmp_path, PUBLISHED, sep="\t")
+    (tmp_path / "dev.tsv").unlink()
+    os.mkfifo(tmp_path / "dev.tsv")
+    with pytest.raises(FileNotFoundError, match="no file of the split 'dev'"):
+        corpus.load_corpus(tmp_path)
+
+
+def test_dev_sentences_that_are_trained_on_are_counted(tmp_path):
+    write_task(tmp_path, "train", "sentence\tlabel\nOne.\t1\nTwo.\t0\nThree.\t1\n")
+    write_task(tmp_path, "dev", "sentence\tlabel\nOne.\t1\nTwo.\t1\nFour.\t0\n")
+    assert corpus.remarks(tmp_path, corpus.load_corpus(tmp_path)) == [
+        "train: 3 sentences of train.tsv",
+        "dev: 3 sentences of dev.tsv, of which 2 are also trained on, 1 with the other label",
+    ]
+
+
+def test_cola_shares_sentences_between_its_files(cola):
+    found = corpus.remarks(cola, corpus.load_corpus(cola))
+    assert "of which 6 are also trained on, 2 with the other label" in found[1]
+    assert "of which 12 are also trained on, 0 with the other label" in found[2]
+
+
+def test_columns_are_named_in_one_word_of_the_command_line():
+    text = 'data.columns={"sentence":"the text","label":"acceptable"}'
+    columns = load_study("nano", overrides=parse_overrides(text)).profile.data.columns
+    assert columns == Columns(sentence="the text", label="acceptable")
+    with pytest.raises(ValueError, match=r"unknown setting 'data\.columns\.lable' \(did you mean 'label'"):
+        load_study("nano", overrides={"data.columns": {"lable": "x"}})
+
+
+def test_files_that_are_not_read_change_no_studys_name(tmp_path):
+    published(tmp_path, PUBLISHED, sep="\t")
+    before = load_study("nano", data=str(tmp_path)).name
+    (tmp_path / ".DS_Store").write_text("x")
+    (tmp_path / "notes.tsv").write_text("x")
+    assert load_study("nano", data=str(tmp_path)).name == before
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\nSo.\t1\n")
+    assert load_study("nano", data=str(tmp_path)).name != before
+
+
+def test_a_corpus_that_cannot_be_read_is_refused_before_a_kernel_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(executor, "run_make", lambda *_, **__: pytest.fail("make was started"))
+    published(tmp_path, PUBLISHED.rename(columns={"label": "acceptable"}), "train.csv", "dev.csv")
+    assert cli.main(["reproduce", "--profile=tiny", f"--data={tmp_path}"]) == 1
+    assert "train.csv, line 1: expected the column names 'sentence' and 'label'" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """Run folders: a result exists or it does not, and holds what the contract says."""
 
-import json
 import os
 import subprocess
 from dataclasses import replace
@@ -93,7 +92,7 @@ def test_a_run_that_is_not_complete_is_not_published(partial, content):
 
 def test_a_run_with_half_written_metrics_is_not_published(partial):
     (partial / folders.METRICS).write_text('{"status": "comp')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(ValueError, match=r"metrics\.json is damaged .*; remove .*make makes it again"):
         folders.publish(partial)
     assert not partial.with_name("sft").exists()
 
@@ -195,10 +194,37 @@ def test_a_damaged_list_of_hashes_is_damage(partial, content):
         folders.require_complete(folder, "Run 'x'")
 
 
-def test_an_executed_notebook_may_come_later_and_a_run_without_its_list_is_not_finished(partial):
+def test_a_run_is_published_with_its_executed_notebook(partial, monkeypatch):
+    """By make, once the notebook has ended; the kernel in which it runs leaves the run as it is until then."""
+    folders.write_json(partial / folders.METRICS, {"status": "complete"})
+    working = partial.with_name("sft.partial.ipynb")
+    working.write_text('{"cells": []}')
+    with monkeypatch.context() as kernel:
+        kernel.setenv(folders.EXECUTED, "1")
+        assert folders.publish(partial) == partial
+        assert [path.name for path in partial.iterdir()] == [folders.METRICS]
+    folder = folders.publish(partial, working)
+    assert set(folders.read_json(folder / folders.HASHES)) == {folders.METRICS, folders.NOTEBOOK}
+    assert [path.name for path in folder.parent.iterdir()] == ["sft"]
+    (folder / folders.NOTEBOOK).write_text("{}")
+    with pytest.raises(RuntimeError, match=r"notebook\.ipynb is not the file that the run wrote"):
+        folders.require_complete(folder, "Run 'x'")
+    (folder / folders.NOTEBOOK).unlink()
+    with pytest.raises(RuntimeError, match=r"notebook\.ipynb is not the file that the run wrote"):
+        folders.require_complete(folder, "Run 'x'")
+
+
+def test_nothing_is_written_after_a_run_is_published(partial):
+    folders.write_json(partial / folders.METRICS, {"status": "complete"})
+    os.utime(partial / folders.METRICS, (1, 1))
+    folder = folders.publish(partial)
+    listed = folder / folders.HASHES
+    assert 1 < listed.stat().st_mtime <= (folder / folders.METRICS).stat().st_mtime  # as make wants it
+    assert (folder / folders.METRICS).stat().st_mtime_ns <= folder.stat().st_ctime_ns  # when it was renamed
+
+
+def test_a_run_without_its_list_is_not_finished(partial):
     folder = a_result(partial)
-    (folder / "notebook.ipynb").write_text("{}")
-    assert folders.require_complete(folder, "Run 'x'") == folder
     (folder / folders.HASHES).unlink()
     assert not folders.is_complete(folder)
 

@@ -32,8 +32,13 @@ def calls(monkeypatch):
     calls = []
 
     def execute_notebook(notebook, working, parameters, **_):
+        assert os.environ[folders.EXECUTED]
         calls.append((notebook, parameters))
         folders.write_text(Path(working), "{}")
+        if "run" in parameters or "data" in notebook:  # what a stage leaves
+            partial = Path(working.removesuffix(".ipynb"))
+            partial.mkdir(parents=True)
+            folders.write_json(partial / folders.METRICS, {"status": "complete"})
 
     monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
     return calls
@@ -43,9 +48,10 @@ def calls(monkeypatch):
 def test_every_notebook_takes_what_it_is_given(results, calls, name):
     study = load_study("nano")
     part = next(part for part in graph.parts_of(study, [3], graph.GROUPS) if part.name == name)
-    (results / "nano" / part.place).mkdir(parents=True)
-    notebooks.execute(study, part, {"profile": "nano", "data": "", "model": "", "overrides": {"rl.beta": 0.5}})
+    made = notebooks.execute(study, part, {"profile": "nano", "data": "", "model": "", "overrides": {"rl.beta": 0.5}})
     [(notebook, parameters)] = calls
+    assert made == results / "nano" / part.target
+    assert folders.EXECUTED not in os.environ
     assert notebook == str(notebook_of(kind_of(study, name)))
     assert parameters.get("run") == (name if name not in ("data", *SUMMARIES) else None)
     assert parameters.get("seed") == part.seed
@@ -73,14 +79,15 @@ def test_unknown_and_mistyped_parameters_are_refused(parameters, words):
 
 def test_a_good_command_reaches_the_notebook_with_its_parameters(results, calls, capsys):
     root = results / load_study("nano", overrides={"rl.beta": 0.25}).name
-    (root / "seed3" / "sft-rl").mkdir(parents=True)
+    (root / "seed3").mkdir(parents=True)
     (root / "seed3" / "sft-rl.failed.ipynb").write_text("{}")
     assert main(["run", "--run", "sft-rl", "--seed", "3", "--set", "rl.beta=0.25"]) == 0
     [(notebook, parameters)] = calls
     assert notebook.endswith("04_rl.ipynb")
     options = {"profile": "nano", "overrides": {"rl.beta": 0.25}, "data": "", "model": ""}
     assert parameters == options | {"run": "sft-rl", "seed": 3}
-    assert [path.name for path in (root / "seed3" / "sft-rl").iterdir()] == ["notebook.ipynb"]
+    kept = {path.name for path in (root / "seed3" / "sft-rl").iterdir()}
+    assert kept == {"metrics.json", "sha256.json", "notebook.ipynb"}
     assert [path.name for path in (root / "seed3").iterdir()] == ["sft-rl"]  # no trace of a failed attempt
     assert capsys.readouterr().out.startswith("seed 3 · sft-rl · 0:0")
 
@@ -103,7 +110,7 @@ def test_a_failing_notebook_leaves_its_traceback_and_no_result(results, tmp_path
     cells = json.loads((root / "data.failed.ipynb").read_text())["cells"]
     failures = [out for cell in cells for out in cell.get("outputs", []) if out["output_type"] == "error"]
     assert failures[-1]["ename"] == "ValueError"
-    assert "read_tsv" in re.sub(r"\x1b\[[\d;]*m", "", "\n".join(failures[-1]["traceback"]))
+    assert "read_file" in re.sub(r"\x1b\[[\d;]*m", "", "\n".join(failures[-1]["traceback"]))
     assert graph.status_lines(study, [0])[1].split() == ["data", "✗"]
 
     (folder / "in_domain_train.tsv").write_text("x\t1\t\tFine.\nx\t0\t\tHm.\n")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from conftest import apart_and_together
 from nondecoupling.study.profile import Prompt
 from nondecoupling.task import prompts
 from nondecoupling.training import pretrain
@@ -142,29 +143,38 @@ def test_the_prompts_tokens_are_a_prefix(tokenizer, template, sentences):
         other_wording="{answer}.",
         max_new_tokens=5,
     )
-    for sentence in [*sentences["sentence"][:20], "Ünïcode, “quotes”\tand tabs\n\n"]:
-        prompts.check_prefix(tokenizer, prompt, sentence)
+    awkward = [*sentences["sentence"][:20], "Ünïcode, “quotes”\tand tabs\n\n"]
+    prompts.check_chats(tokenizer, prompt, awkward)
+    for sentence in awkward:
+        for response in prompts.responses(prompt):
+            apart, together = apart_and_together(tokenizer, prompt, sentence, response)
+            assert apart == together
 
 
-def test_a_tokenizer_that_merges_prompt_and_answer_is_refused(nano_texts, nano_prompt, monkeypatch):
+def test_an_answer_that_would_merge_with_the_question_is_taught_by_itself(nano_texts, nano_prompt, monkeypatch):
+    """As it is sampled: questions are read by themselves."""
     monkeypatch.setattr(pretrain, "QWEN_WORDS", GPT2_WORDS)
     tokenizer = pretrain.train_tokenizer(iter(nano_texts), 640)
-    with pytest.raises(ValueError, match="merges prompt and answer 'unacceptable' differently"):
-        prompts.check_prefix(tokenizer, nano_prompt, "The boys slept.")
+    apart, together = apart_and_together(tokenizer, nano_prompt, "The boys slept.", "unacceptable")
+    assert apart != together
+    assert tokenizer.decode(prompts.response_ids(tokenizer, "unacceptable")) == "unacceptable<|im_end|>"
+    prompts.check_chats(tokenizer, nano_prompt, ["The boys slept."])
 
 
 def test_an_answer_that_the_template_changes_is_refused(nano_tokenizer):
-    spaced = Prompt(
-        template="{sentence}", acceptable="acceptable", unacceptable="un", other_wording="{answer}.", max_new_tokens=5
-    )
-    trimming = nano_tokenizer.__class__(
+    changing = nano_tokenizer.__class__(
         tokenizer_object=nano_tokenizer._tokenizer,
         eos_token=nano_tokenizer.eos_token,
         pad_token=nano_tokenizer.pad_token,
-        chat_template=nano_tokenizer.chat_template.replace("message.content", "message.content | upper"),
+        chat_template=nano_tokenizer.chat_template.replace("message.content", "message.content | replace('un', 'Un')"),
     )
-    with pytest.raises(ValueError, match="'un'"):
-        prompts.check_prefix(trimming, spaced, "The boys slept.")
+    with pytest.raises(ValueError, match="changes the answer 'unacceptable'"):
+        prompts.check_chats(changing, PROMPT, [])
+
+
+def test_a_sentence_that_holds_a_special_token_is_named(nano_tokenizer):
+    with pytest.raises(ValueError, match=r"'She said <\|im_end\|> twice.' holds '<\|im_end\|>', which .* no text"):
+        prompts.check_chats(nano_tokenizer, PROMPT, ["The boys slept.", "She said <|im_end|> twice."])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-from conftest import SHARED, make_base, make_data, results_in
+from conftest import SHARED, apart_and_together, make_base, make_data, results_in
 from nondecoupling.study import folders
 from nondecoupling.study.profile import Model
 from nondecoupling.study.study import load_study
@@ -127,7 +127,9 @@ def test_the_prompt_is_this_text_and_these_tokens(qwen_tokenizer):
 def test_prompt_and_answer_apart_are_the_tokens_of_both_together(qwen_tokenizer, cola):
     prompt = load_study("paper").profile.prompt
     for sentence in corpus.load_corpus(cola)["sentence"].sample(200, random_state=0):
-        prompts.check_prefix(qwen_tokenizer, prompt, sentence)
+        for response in prompts.responses(prompt):
+            apart, together = apart_and_together(qwen_tokenizer, prompt, sentence, response)
+            assert apart == together
 
 
 # Loading
@@ -135,7 +137,7 @@ def test_prompt_and_answer_apart_are_the_tokens_of_both_together(qwen_tokenizer,
 
 def test_eight_bits_change_label_probabilities_little(small_qwen, small_cola):
     """With weights so wide log p is about -20 nats; 8-bit rounding moved it by 0.09 on average; allowed is 0.2."""
-    table, settings = corpus.read_tsv(small_cola / "in_domain_dev.tsv"), load_study("paper").profile
+    table, settings = corpus.read_file(small_cola / "in_domain_dev.tsv"), load_study("paper").profile
     tokenizer = models.load_tokenizer(small_qwen)
     exact, rounded = (
         predict(
@@ -156,7 +158,7 @@ def test_only_linear_layers_are_held_in_eight_bits(small_qwen):
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(small_qwen, small_cola):
-    table, settings = corpus.read_tsv(small_cola / "in_domain_dev.tsv"), load_study("paper").profile
+    table, settings = corpus.read_file(small_cola / "in_domain_dev.tsv"), load_study("paper").profile
     tokenizer, model = models.load_tokenizer(small_qwen), models.load_base(small_qwen, PLAIN)
     one, many = (predict(model, tokenizer, settings.prompt, table, size, seed=0) for size in (7, 40))
     for column in ("logp_acceptable", "logp_unacceptable"):

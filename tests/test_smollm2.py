@@ -6,6 +6,7 @@ import zipfile
 import pytest
 import torch
 
+from conftest import apart_and_together
 from nondecoupling.study import folders
 from nondecoupling.study.profile import Model, Prompt
 from nondecoupling.task import prompts, smollm2
@@ -102,7 +103,9 @@ def tokenizer():
 
 def test_prompt_and_answer_apart_are_the_tokens_of_both_together(tokenizer, sentences):
     for sentence in [*sentences["sentence"][:100], "'Tis 1997, and John's -- no, \"his\" -- dog didn't."]:
-        prompts.check_prefix(tokenizer, YES_NO, sentence)
+        for response in prompts.responses(YES_NO):
+            apart, together = apart_and_together(tokenizer, YES_NO, sentence, response)
+            assert apart == together
     ids = prompts.prompt_ids(tokenizer, YES_NO, ["The boys slept."])[0]
     assert tokenizer.decode(ids).endswith("\n\nThe boys slept.<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(prompts.response_ids(tokenizer, "Yes.")) == "Yes.<|im_end|>"

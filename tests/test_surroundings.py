@@ -29,10 +29,18 @@ CONFIGURATION = (
 )
 
 
-def finished_sft(results, environment, tmp_path):
-    """Metrics and weights of the tiny study's SFT, made as make does in this environment."""
-    command = [sys.executable, "-m", "nondecoupling.workflow", "reproduce", "--profile=tiny", "--seeds=0", "--jobs=1"]
-    folder = results / "tiny" / "seed0" / "sft"
+# Files that say when a run was made, or hold hashes of others that do.
+TIMED = {folders.METRICS, folders.HASHES, folders.NOTEBOOK}
+
+
+def finished_sft(results, environment, tmp_path, jobs=1):
+    """All that the tiny study's SFT and what it was made from leave, but times, made as make does in this environment.
+
+    Metrics by run, and the bytes of every other file by its path.
+    """
+    words = ["reproduce", "--profile=tiny", "--seeds=0", f"--jobs={jobs}"]
+    command, root = [sys.executable, "-m", "nondecoupling.workflow", *words], results / "tiny" / "seed0"
+    folder = root / "sft"
     done = subprocess.run(
         [*command, f"--target={folder / folders.METRICS}"],
         env={**os.environ, **environment, "NONDECOUPLING_RESULTS": str(results)},
@@ -43,23 +51,27 @@ def finished_sft(results, environment, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    weights = {path.name: path.read_bytes() for path in (folder / folders.POLICY).glob("*.safetensors")}
-    return folders.read_json(folder / folders.METRICS)["evaluation"], weights
+    files = [path for path in root.rglob("*") if path.is_file() and path.name not in TIMED]
+    metrics = {path.parent.name: folders.read_json(path)["evaluation"] for path in root.glob(f"*/{folders.METRICS}")}
+    return metrics, {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
-def test_a_stage_gives_the_same_numbers_in_other_surroundings(tmp_path, built_sft):
-    """Data, base and SFT by make in foreign surroundings, and the same three without make, kernel or notebook."""
+def test_a_study_leaves_the_same_files_in_other_surroundings(tmp_path):
+    """Also with another hash seed, in other processes, in a folder of another name and depth, with other JOBS."""
     home = tmp_path / "home" / ".ipython" / "profile_default"
     home.mkdir(parents=True)
     for name in ("ipython_config.py", "ipython_kernel_config.py"):
         (home / name).write_text(CONFIGURATION)
     (tmp_path / "startup.py").write_text("raise SystemExit(9)")
     user = {"IPYTHONDIR": str(home.parent), "PYTHONSTARTUP": str(tmp_path / "startup.py")}
-    evaluation, weights = finished_sft(tmp_path / "foreign", FOREIGN | user, tmp_path)
-    plain = built_sft.folder
-    assert evaluation == folders.read_json(plain / folders.METRICS)["evaluation"]
-    assert weights == {path.name: path.read_bytes() for path in (plain / folders.POLICY).glob("*.safetensors")}
-    assert weights
+    metrics, files = finished_sft(tmp_path / "plain", {"PYTHONHASHSEED": "1"}, tmp_path)
+    foreign = FOREIGN | user | {"PYTHONHASHSEED": "2"}
+    other_metrics, other_files = finished_sft(tmp_path / "a deeper" / "föreign", foreign, tmp_path, jobs=2)
+    assert metrics == other_metrics
+    assert set(metrics) == {"data", "base", "sft"}
+    assert set(files) == set(other_files)
+    assert [name for name in files if files[name] != other_files[name]] == []
+    assert {"sft/policy/adapter_config.json", "sft/trajectory.csv", "sft/log.csv"} < set(files)
 
 
 def test_what_is_not_the_studys_own_is_kept_away(monkeypatch):

@@ -16,6 +16,8 @@ from nondecoupling.study.study import Study
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 METRICS, TRAJECTORY, LOG, POLICY, PATHS = "metrics.json", "trajectory.csv", "log.csv", "policy", "paths.csv"
+NOTEBOOK = "notebook.ipynb"  # as it was executed
+EXECUTED = "NONDECOUPLING_EXECUTED"  # environment variable of a kernel whose notebook make executes
 MEASURED = "measured.json"  # what a stage had measured at a checkpoint
 HASHES = "sha256.json"  # of every file of a published run, or of a checkpoint; the last that is written
 
@@ -74,7 +76,7 @@ def damaged_file(folder: Path) -> Path | None:
 def changed_file(folder: Path, hashes: dict[str, str]) -> Path | None:
     """The first of the files under ``folder`` that is gone or has another sha256 than ``hashes`` says; None if none is.
 
-    Files that are not on the list, as an executed notebook, do not count.
+    Files that are not on the list do not count.
     """
     for name, digest in hashes.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
@@ -130,15 +132,22 @@ def last_checkpoint(folder: Path, identity: dict[str, Any]) -> Path | None:
     return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 
-def publish(partial: Path) -> Path:
-    """Turn a partial run into a result: list what its files hash to, and rename it.
+def publish(partial: Path, notebook: Path | None = None) -> Path:
+    """Turn a partial run into a result: list what its files hash to, and rename it; returns where its files are.
 
-    It must hold readable metrics with status "complete". The checkpoints that led to it are removed.
+    It must hold readable metrics with status "complete". The checkpoints that led to it are removed. A stage whose
+    notebook make executes leaves that to make, which publishes the run with its executed ``notebook`` when that has
+    ended well; whoever runs a notebook by hand has a result at once, without one.
     """
     metrics = read_json(partial / METRICS)
     if metrics.get("status") != "complete":
         raise ValueError(f"{partial / METRICS} has status {metrics.get('status')!r}; only complete runs are published.")
+    if os.environ.get(EXECUTED):
+        return partial
+    if notebook:
+        os.replace(notebook, partial / NOTEBOOK)
     write_hashes(partial)
+    os.utime(partial / METRICS)  # newer than everything it was made from, as make wants it
     folder = partial.with_name(partial.name.removesuffix(".partial"))
     if folder.exists():
         retired = folder.with_name(folder.name + ".old")
@@ -147,7 +156,6 @@ def publish(partial: Path) -> Path:
         shutil.rmtree(retired)
     partial.rename(folder)
     shutil.rmtree(folder.with_name(folder.name + ".checkpoints"), ignore_errors=True)
-    (folder / METRICS).touch()  # newer than everything it was made from, as make wants it
     return folder
 
 
@@ -171,8 +179,11 @@ def write_text(path: Path, content: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a JSON file; ValueError with its path where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {path.parent}, and make makes it again.") from None
 
 
 def answers_file(split: str) -> str:

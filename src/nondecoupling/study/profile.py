@@ -21,17 +21,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Data(Section):
-    """Where sentences come from: ``folder`` (CoLA-shaped TSV files) if it is given, else ``source``.
+class Columns(Section):
+    """What the columns of a corpus's files are called, where they have a header."""
 
-    ``expect: cola`` refuses files that are not CoLA 1.1's, byte for byte. ``labels`` are the annotators', or the truth
-    (the grammar's verdict), which only the generated corpus knows. The other settings shape the generated corpus;
+    sentence: str = "sentence"
+    label: str = "label"
+    source: str = "source"  # where a sentence is from, or what it is about; need not be there
+
+
+class Data(Section):
+    """Where sentences come from: ``folder`` (a corpus's files) if it is given, else ``source``.
+
+    ``columns`` names the columns of the files in ``folder``. ``expect: cola`` refuses files that are not CoLA 1.1's,
+    byte for byte. ``labels`` are the annotators', or the truth (the grammar's verdict), which only the generated corpus
+    knows. The other settings shape the generated corpus;
     ``disagreement`` is the share of labels that annotators get wrong, of all sentences or by phenomenon.
     """
 
     source: Literal["generated", "hub"]
     folder: str | None
     expect: Literal["any", "cola"]
+    columns: Columns = Columns()
     labels: Literal["annotated", "truth"] = "annotated"
     train_size: Count | None = None
     dev_size: Count | None = None

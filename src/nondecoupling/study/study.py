@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +12,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
+from nondecoupling.study.inputs import data_files, model_files
 from nondecoupling.study.plan import Run, plan
 from nondecoupling.study.profile import Profile
 
@@ -91,9 +92,9 @@ def load_study(
 ) -> Study:
     """Load profile ``profile`` and apply the user's changes.
 
-    ``data`` is a folder of CoLA-shaped TSV files, ``model`` a folder with a causal LM; empty keeps the profile's own.
+    ``data`` is a folder with a corpus's files, ``model`` one with a causal LM; empty keeps the profile's own.
     ``overrides`` maps dotted keys to values, e.g. ``{"rl.beta": 0.25}``. Each change becomes part of the study's name,
-    and so does a short digest of all changes with the content of the folders: different studies never share one.
+    and so does a short digest of all changes with the files that are read: different studies never share one.
 
     Raises ValueError with one sentence that names the key, what is wrong with it, and the nearest valid name.
     """
@@ -108,12 +109,13 @@ def load_study(
         slug(f"{key}={json.dumps(changes[key])}") for key in sorted(overrides or {}) if not key.endswith(".folder")
     ]
     folders = {key: changes[key] for key in ("data.folder", "model.folder") if changes.get(key)}
+    read: dict[str, list[Path]] = {}
     for key, folder in folders.items():
         if not Path(folder).is_dir():
             raise ValueError(f"{key}: '{folder}' is not a folder; give the path of an existing one.")
         changes[key] = str(Path(folder).resolve())
-    patterns = {"data.folder": "*.tsv", "model.folder": "*"}
-    contents = {key: folder_digest(Path(folder), patterns[key]) for key, folder in folders.items()}
+        read[key] = model_files(Path(folder)) if key == "model.folder" else [*data_files(Path(folder)).values()]
+    contents = {key: digest_of(files) for key, files in read.items()}
     digest = hashlib.sha256(json.dumps(changes | contents, sort_keys=True).encode()).hexdigest()[:6]
     if len(named) > 3:  # the digest tells studies apart; the name is for reading
         named = [f"{len(named)}_settings"]
@@ -121,10 +123,10 @@ def load_study(
     return study_of(f"{'-'.join(names)[:120]}-{digest}", with_overrides(loaded, changes), changes)
 
 
-def folder_digest(folder: Path, pattern: str) -> str:
-    """A digest of the files in ``folder``, wherever it is: name, size, first and last mebibyte of each."""
+def digest_of(files: Iterable[Path]) -> str:
+    """A digest of some files, wherever they are: name, size, first and last mebibyte of each."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.glob(pattern) if path.is_file()):
+    for path in sorted(files):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as content:

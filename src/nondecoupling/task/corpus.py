@@ -1,16 +1,19 @@
-"""CoLA-shaped corpora: from a folder, from the hub or generated; one reader, one table out."""
+"""Corpora of acceptability: from a folder, from the hub or generated; one reader, one table out."""
 
 import csv
 import hashlib
 import io
+import json
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from nondecoupling.study import folders, provenance
-from nondecoupling.study.profile import Data
+from nondecoupling.study.inputs import data_files
+from nondecoupling.study.profile import Columns, Data
 from nondecoupling.study.study import Study
 from nondecoupling.task import grammar, hub
 from nondecoupling.task.seeds import seed_of
@@ -18,9 +21,11 @@ from nondecoupling.task.seeds import seed_of
 # CoLA 1.1's file names; the third is optional.
 FILES = {"train": "in_domain_train.tsv", "dev": "in_domain_dev.tsv", "dev_out": "out_of_domain_dev.tsv"}
 COLUMNS = ["source", "label", "mark", "sentence"]
-# The files of another task of one's own, with a header that names these two columns.
-TASK_FILES = {"train": "train.tsv", "dev": "dev.tsv"}
-TASK_COLUMNS = ["sentence", "label"]
+USUAL = Columns()
+# What files say for the two labels, whatever the case.
+LABELS = dict.fromkeys(("1", "1.0", "acceptable", "grammatical", "correct", "true", "yes"), 1) | dict.fromkeys(
+    ("0", "0.0", "unacceptable", "ungrammatical", "incorrect", "false", "no"), 0
+)
 # The public CoLA 1.1, as its authors distribute it.
 COLA_SHA256 = {
     "in_domain_train.tsv": "f320a10f92d3bce6b29152fde322a362eac39238e50d8de0c8815457fdf4fc12",
@@ -54,8 +59,9 @@ def collect_corpus(data: Data, seed: int, folder: Path) -> Path:
 
 def check_cola(folder: Path) -> None:
     """Raise ValueError unless every CoLA file in ``folder`` is CoLA 1.1's, byte for byte."""
-    for name, found in folders.file_hashes(folder, "*.tsv").items():
-        expected = COLA_SHA256.get(name, found)  # other files are not read
+    for path in data_files(folder).values():
+        name, found = path.name, folders.sha256(path)
+        expected = COLA_SHA256.get(name, found)  # a task of one's own has other names
         if found != expected:
             raise ValueError(
                 f"{folder / name} has sha256 {found}, but CoLA 1.1's is {expected}; download it again, or set "
@@ -109,90 +115,126 @@ def write_tsv(table: pd.DataFrame, path: Path) -> None:
 
 
 def read_rows(path: Path) -> list[list[str]]:
-    """The cells of a file of tab-separated values, without quoting; ValueError if it is empty or not UTF-8."""
+    """The cells of a file of JSON lines, of comma-separated or of tab-separated values, a JSON object's keys first.
+
+    Raises ValueError with the file where it is empty, no text in UTF-8, or no such file.
+    """
     try:
-        lines = io.StringIO(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")  # Excel puts a mark before the first letter
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from None
-    rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if not rows:
+    if not text.strip():
         raise ValueError(f"{path} is empty; it should hold one sentence per line.")
-    return rows
+    try:
+        if path.suffix.startswith(".json"):
+            objects = [json.loads(line) for line in text.splitlines() if line.strip()]
+            names = list(objects[0])
+            return [names, *([str(row[name]) for name in names] for row in objects)]
+        return parsed(text, ",") if path.suffix == ".csv" else parsed_tabs(text)
+    except (csv.Error, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error!s:.200}.") from None
 
 
-def read_tsv(path: Path) -> pd.DataFrame:
-    """Read one CoLA-shaped file as ``source, label (1 acceptable, 0 not), mark, sentence``.
+def parsed(text: str, delimiter: str, quoting: Any = csv.QUOTE_MINIMAL) -> list[list[str]]:
+    """The cells of ``text``; a blank line has none, and is left out where it is the last."""
+    return list(csv.reader(io.StringIO(text.rstrip("\n"), newline=""), delimiter=delimiter, quoting=quoting))
 
-    Raises ValueError with the file and line of the first row that is not of that shape.
+
+def parsed_tabs(text: str) -> list[list[str]]:
+    """The cells of tab-separated ``text``, whose quotation marks are text unless a program put them around cells.
+
+    It did if writing the cells down with quotes gives the same text again. CoLA's own files have none.
     """
-    rows = read_rows(path)
-    for number, row in enumerate(rows, start=1):
-        if len(row) != 4 or row[1] not in ("0", "1") or not row[3].strip():
-            raise ValueError(
-                f"{path}, line {number}: expected source, label 0 or 1, mark, sentence, separated by tabs, "
-                f"but found {row!r}."
-            )
-    return pd.DataFrame(rows, columns=COLUMNS).astype({"label": int})
+    try:
+        quoted = parsed(text, "\t")
+    except csv.Error:
+        quoted = []
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC, csv.QUOTE_ALL):
+        again = io.StringIO()
+        numbers = quoting == csv.QUOTE_NONNUMERIC
+        rows = [[int(cell) if numbers and cell in ("0", "1") else cell for cell in row] for row in quoted]
+        csv.writer(again, delimiter="\t", quoting=quoting, lineterminator="\n").writerows(rows)
+        if again.getvalue().rstrip("\n") == text.rstrip("\n"):
+            return quoted
+    return parsed(text, "\t", csv.QUOTE_NONE)
 
 
-def read_task(path: Path) -> pd.DataFrame:
-    """Read one file of a task of one's own, columns "sentence" and "label" (0 or 1), as `read_tsv` reads CoLA's.
+def read_file(path: Path, columns: Columns = USUAL) -> pd.DataFrame:
+    """Read one file of a corpus as ``source, label (1 acceptable, 0 not), mark, sentence``.
 
-    Such a task names no sources and has no marks. Raises ValueError with the file, the line and what is wrong there.
+    It has a header with the names that ``columns`` says (and others, which are not read), or is of CoLA's shape, which
+    has none. Labels are 1 and 0, or words (`LABELS`). Raises ValueError with the file and line of the first fault.
     """
     header, *rows = read_rows(path)
-    if sorted(header) != sorted(TASK_COLUMNS):
+    if len(header) == 4 and header[1].lower() in LABELS and columns.label not in header:
+        header, rows, columns, first = COLUMNS, [header, *rows], USUAL, 1
+        shape = "source, label 0 or 1, mark, sentence"
+    else:
+        first, shape = 2, f"{len(header)} cells as in its header"
+    needed = [columns.sentence, columns.label, *([columns.source] if "source" in columns.model_fields_set else [])]
+    if any(header.count(name) != 1 for name in needed):
+        separated = {".tsv": ", separated by a tab", ".csv": ", separated by a comma"}.get(path.suffix, "")
         raise ValueError(
-            f"{path}, line 1: expected the column names 'sentence' and 'label', separated by a tab, "
-            f"but found {header!r}."
+            f"{path}, line 1: expected the column names {' and '.join(map(repr, needed))}{separated}, but found "
+            f'{header!r}; SET=\'data.columns={{"sentence":"...","label":"..."}}\' says how they are called.'
         )
-    for number, row in enumerate(rows, start=2):
-        if len(row) != 2:
-            raise ValueError(
-                f"{path}, line {number}: expected a sentence and a label with one tab between, found {row!r}."
-            )
+    found = []
+    for number, row in enumerate(rows, start=first):
+        if len(row) != len(header):
+            raise ValueError(f"{path}, line {number}: expected {shape}, but found {row!r}.")
         cells = dict(zip(header, row, strict=True))
-        if cells["label"] not in ("0", "1"):
-            raise ValueError(f"{path}, line {number}: the label is {cells['label']!r}, but must be 0 or 1.")
-        if not cells["sentence"].strip():
+        label = LABELS.get(cells[columns.label].strip().lower())
+        if label is None:
+            words = f"the label is {cells[columns.label]!r}, but must be 1 or 0, or a word such as 'acceptable'"
+            raise ValueError(f"{path}, line {number}: {words}.")
+        if not cells[columns.sentence].strip():
             raise ValueError(f"{path}, line {number}: there is no sentence.")
-    table = pd.DataFrame(rows, columns=header).astype({"label": int})
-    return table.assign(source="", mark="")[COLUMNS]
+        found.append((cells.get(columns.source, ""), label, cells.get("mark", ""), cells[columns.sentence]))
+    return pd.DataFrame(found, columns=COLUMNS)
 
 
-def load_corpus(folder: Path) -> pd.DataFrame:
+def load_corpus(folder: Path, columns: Columns = USUAL) -> pd.DataFrame:
     """All splits in ``folder`` as one table ``split, source, label, mark, sentence``.
 
-    The folder holds CoLA-shaped files (`FILES`) or, if there is none of them, those of another task (`TASK_FILES`).
-    Raises FileNotFoundError naming the missing file, ValueError if all sentences of a split have the same label.
+    Raises FileNotFoundError where a split is missing, ValueError if all sentences of one have the same label.
     """
-    shaped_like_cola = any((folder / name).exists() for name in FILES.values())
-    tables = []
-    for split, name in (FILES if shaped_like_cola else TASK_FILES).items():
-        path = folder / name
-        if path.exists():
-            tables.append((read_tsv if shaped_like_cola else read_task)(path).assign(split=split))
-        elif split != "dev_out":
+    files = data_files(folder)
+    for split in ("train", "dev"):
+        if split not in files:
             raise FileNotFoundError(
-                f"{path} is missing; a data folder holds CoLA's {FILES['train']} and {FILES['dev']}, or "
-                f"{TASK_FILES['train']} and {TASK_FILES['dev']} with the columns 'sentence' and 'label'."
+                f"{folder} has no file of the split '{split}'; a corpus is in_domain_train.tsv and in_domain_dev.tsv, "
+                f"or train.tsv and dev.tsv, or the same as csv or jsonl."
             )
-    corpus = pd.concat(tables, ignore_index=True)
+    corpus = pd.concat([read_file(path, columns).assign(split=split) for split, path in files.items()])
     for split, labels in corpus.groupby("split")["label"]:
         if labels.nunique() < 2:
             raise ValueError(
                 f"{folder}: every sentence of '{split}' has label {labels.iloc[0]}; both labels are needed."
             )
-    return corpus[["split", *COLUMNS]]
+    return corpus[["split", *COLUMNS]].reset_index(drop=True)
+
+
+def remarks(folder: Path, corpus: pd.DataFrame) -> list[str]:
+    """Where each split of a ``corpus`` was read, and how many of its sentences are also trained on."""
+    label_of, lines = corpus[corpus["split"] == "train"].set_index("sentence")["label"], []
+    for split, path in data_files(folder).items():
+        table = corpus[corpus["split"] == split]
+        line = f"{split}: {len(table):,} sentences of {path.name}"
+        known = table[table["sentence"].isin(label_of.index)] if split != "train" else table.iloc[:0]
+        if len(known):
+            other = sum((label_of.loc[[s]] != label).all() for s, label in known[["sentence", "label"]].to_numpy())
+            line += f", of which {len(known)} are also trained on, {other} with the other label"
+        lines.append(line)
+    return lines
 
 
 def publish_corpus(study: Study, seed: int, partial: Path, folder: Path, started: datetime) -> Path:
     """Publish the data run, whose sentences are in ``folder``, from its ``partial`` folder; returns the result's."""
     evaluation = {
         str(split): {"n": int(row.sentences), "majority_reward": row.majority_reward}
-        for split, row in describe_corpus(load_corpus(folder)).iterrows()
+        for split, row in describe_corpus(load_corpus(folder, study.profile.data.columns)).iterrows()
     }
-    hashes = folders.file_hashes(folder, "*.tsv")
+    hashes = {path.name: folders.sha256(path) for path in data_files(folder).values()}
     root, run = folders.study_folder(study), study.run("data")
     provenance.write_metrics(root, partial, study, run, seed, started, evaluation, {}, data_sha256=hashes)
     return folders.publish(partial)
@@ -212,7 +254,7 @@ def load_checked_corpus(study: Study, seed: int) -> pd.DataFrame:
         found = folders.file_hashes(folder, name).get(name)
         if found != expected:
             raise ValueError(f"{folder / name} has sha256 {found}, but 01_data saw {expected}; run 01_data again.")
-    corpus = load_corpus(folder)
+    corpus = load_corpus(folder, data.columns)
     if not data.generated:
         return corpus.assign(truth=pd.Series(pd.NA, index=corpus.index, dtype="Int64"), agreement=np.nan)
     agreement = 1 - corpus["source"].map(disagreement_by_source(data))

@@ -1,12 +1,14 @@
 """Files from the model hub: pinned revisions, downloaded once, used without a network afterwards."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
+
+from nondecoupling.study.inputs import MODEL_FILES
 
 # CoLA as part of GLUE. Its copy has no source column, and both dev sets in one file.
 GLUE, GLUE_REVISION = "nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 GLUE_FILES = {"train": "cola/train-00000-of-00001.parquet", "validation": "cola/validation-00000-of-00001.parquet"}
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]  # what transformers reads; nothing pickled
 
 PATIENCE = 3.0  # seconds to wait for the hub's first answer
 
@@ -45,3 +47,47 @@ def fetch(repository: str, revision: str, kind: Literal["model", "dataset"], pat
             f"The {kind} {repository} (revision {revision[:8]}) is not on this machine and could not be downloaded "
             f"({type(error).__name__}); give {instead}, or run the embedded study with PROFILE=nano."
         ) from None
+
+
+def check_model(folder: Path) -> None:
+    """Raise ValueError that says why, in seconds, where ``folder`` holds nothing that can be loaded and asked.
+
+    Code that a folder brings is never run, nor is the base loaded that an adapter names.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    def said(name: str) -> dict[str, Any]:
+        path = folder / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is damaged: it is not the JSON that a model folder has there.")
+        return content
+
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter and not a whole model: merge it into its base (peft's merge_and_unload), save "
+            f"that with its tokenizer, and give its folder."
+        )
+    kind = said("config.json").get("model_type")
+    if not kind:
+        raise ValueError(
+            f"{folder} holds no model in Hugging Face's format: there is no config.json with a model_type."
+        )
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise ValueError(
+            f"{folder} holds a model of the kind '{kind}', which the installed transformers does not have; code that "
+            f"comes with a model is not run."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds no weights in safetensors' format, and pickled ones are not read; convert them."
+        )
+    templates = [folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")]
+    if not any(path.exists() for path in templates) and not said("tokenizer_config.json").get("chat_template"):
+        raise ValueError(
+            f"{folder} has no chat template, so that nothing says how the model is asked: choose a chat model, or add "
+            f"chat_template.jinja."
+        )

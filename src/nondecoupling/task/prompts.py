@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 
 # No demonstration contains a chain of thought, so thinking is off in every prompt of every stage.
 TEMPLATE_OPTIONS: dict[str, Any] = {"enable_thinking": False}
+# A chat by which a template shows how it writes questions and answers, and the date that templates write.
+QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+DAY = "01 Jan 2026"
 
 
 def prompt_messages(prompt: Prompt, sentence: str) -> list[dict[str, str]]:
@@ -34,10 +38,20 @@ def other_wordings(prompt: Prompt) -> tuple[str, str]:
     return unacceptable, acceptable
 
 
+def rendered(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], asking: bool = True) -> list[str]:
+    """Chats as the template writes them; if ``asking``, up to where the answer begins."""
+    texts: Any = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=asking, **TEMPLATE_OPTIONS)
+    return texts
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts in which special tokens are written already."""
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
 def chat_ids(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]]) -> list[list[int]]:
     """Token ids of rendered chats, up to where the answer begins."""
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids_of(tokenizer, rendered(tokenizer, chats))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Sequence[str]) -> list[list[int]]:
@@ -45,32 +59,83 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Se
     return chat_ids(tokenizer, [prompt_messages(prompt, sentence) for sentence in sentences])
 
 
+def around_answers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template puts before an answer, after the text that asks, and between it and its end token."""
+    [asked], [whole] = rendered(tokenizer, [[QUESTION]]), rendered(tokenizer, [[QUESTION, ANSWER]], asking=False)
+    before, _, rest = whole.removeprefix(asked).partition(ANSWER["content"])
+    after, end, _ = rest.partition(tokenizer.eos_token)
+    return before, after if end else ""
+
+
 def response_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """Token ids of a response with the end-of-turn token: what is taught, scored and sampled."""
-    return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    """Token ids of a response with the end-of-turn token: what is taught, scored and sampled.
+
+    They are what the template adds to the question's tokens, or, where the tokenizer would merge the two, those of the
+    answer by itself: a question is always read by itself.
+    """
+    [asked], (before, after) = rendered(tokenizer, [[QUESTION]]), around_answers(tokenizer)
+    answer = before + response + after + tokenizer.eos_token
+    question, whole, alone = ids_of(tokenizer, [asked, asked + answer, answer])
+    return whole[len(question) :] if whole[: len(question)] == question else alone
 
 
 def answer_texts(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
-    """Sampled answers as text, without their end token; any other special token stays visible, and is no label."""
-    ended = [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
-    return tokenizer.batch_decode(ended, skip_special_tokens=False)
+    """Sampled answers as text, without their end token and what the template puts around every answer.
 
-
-def check_prefix(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentence: str) -> None:
-    """Raise ValueError unless the tokens of prompt + response are the prompt's tokens followed by the response's.
-
-    Otherwise the model would be taught other tokens than those it is asked to produce.
+    Any other special token stays visible, and is no label.
     """
+    before, after = around_answers(tokenizer)
+    ended = [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
+    texts = tokenizer.batch_decode(ended, skip_special_tokens=False)
+    return [text.removeprefix(before).removesuffix(after) for text in texts]
+
+
+def settle_chats(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make ``tokenizer`` begin and end an answer where its chat template does.
+
+    The end of a turn becomes its end token, which in many chat models is another than the end of a text; rows are
+    filled up with the end token where no other is named. A prompt that opens thoughts, of which no demonstration has
+    any, is cut back to where answers begin; a template that writes the date always writes the same one.
+    Raises ValueError where an answer has no end.
+    """
+    if "strftime_now" in tokenizer.chat_template:
+        tokenizer.chat_template = f"{{%- macro strftime_now(_) -%}}{DAY}{{%- endmacro -%}}{tokenizer.chat_template}"
+    [asked], [whole] = rendered(tokenizer, [[QUESTION]]), rendered(tokenizer, [[QUESTION, ANSWER]], asking=False)
+    begun, _, rest = whole.rpartition(ANSWER["content"])
+    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    ends = [added[number] for number in ids_of(tokenizer, [rest])[0] if number in added]
+    if not ends and tokenizer.eos_token is None:
+        raise ValueError("neither its chat template nor an eos_token says how an answer ends")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or ends[0]
+    tokenizer.eos_token = (ends or [tokenizer.eos_token])[0]
+    begun = begun.rstrip(" ")  # a space before an answer is part of its first token
+    if asked.rstrip(" ") != begun:
+        same = len(os.path.commonprefix([asked, begun]))
+        asking = f"written.removesuffix({asked[same:]!r}) + {begun[same:]!r}"
+        tokenizer.chat_template = (
+            f"{{% set written %}}{tokenizer.chat_template}{{% endset %}}"
+            f"{{{{ {asking} if add_generation_prompt else written }}}}"
+        )
+
+
+def check_chats(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Iterable[str]) -> None:
+    """Raise ValueError unless the template writes both answers as they are, and all ``sentences`` are text.
+
+    Otherwise the model would be taught other answers than those that earn, or asked in another form.
+    """
+    [asked], (before, _) = rendered(tokenizer, [[QUESTION]]), around_answers(tokenizer)
     for response in responses(prompt):
-        chat = [*prompt_messages(prompt, sentence), {"role": "assistant", "content": response}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, **TEMPLATE_OPTIONS)
-        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-        parts = [*prompt_ids(tokenizer, prompt, [sentence])[0], *response_ids(tokenizer, response)]
-        if whole[: len(parts)] != parts:
+        [whole] = rendered(tokenizer, [[QUESTION, ANSWER | {"content": response}]], asking=False)
+        [read] = answer_texts(tokenizer, [response_ids(tokenizer, response)])
+        if read != response or not whole.startswith(asked + before + response):
             raise ValueError(
-                f"The tokenizer merges prompt and answer '{response}' differently from the two apart; "
-                f"choose other answer words or another chat template."
+                f"The chat template or the tokenizer changes the answer {response!r}; choose other answer words or "
+                f"another chat template."
             )
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for sentence in sentences if special else []:
+        if found := re.search("|".join(map(re.escape, special)), sentence):
+            raise ValueError(f"{sentence!r} holds {found[0]!r}, which the tokenizer reads as no text; leave it out.")
 
 
 def parse_strict(prompt: Prompt, answer: str) -> int | None:

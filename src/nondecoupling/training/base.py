@@ -14,10 +14,12 @@ from nondecoupling.training.evaluation import Measured
 def base_folder(study: Study, run: Run, seed: int, root: Path | None = None) -> Path:
     """Where a base's files are; downloads them where the profile names a hub id that is not in the cache.
 
-    ``root`` is the folder of the study's results, unless they are elsewhere.
+    ``root`` is the folder of the study's results, unless they are elsewhere. ValueError where a folder of the user's
+    holds no model.
     """
     model = study.profile.model
     if model.folder:
+        hub.check_model(Path(model.folder))
         return Path(model.folder)
     if model.hub:
         return hub.fetch_model(model.hub, str(model.revision))

@@ -42,6 +42,10 @@ def read_start(
     is read once whatever the number of rows, and gradients reach it from all of them.
     """
     device, cache, start = next(model.parameters()).device, DynamicCache(), common_start(rows)
+    # A sliding window is counted in columns: where it may be less than a row, none may fill up what is between tokens.
+    window = getattr(model.config.get_text_config(), "sliding_window", None)  # type: ignore[union-attr, operator]
+    if window and window < 2 * max(map(len, rows)):
+        start = []
     ids, mask = padded([row[len(start) :] for row in rows], pad, "left", device)
     if start:
         last = only(len(start) - 1, device) if answers else {}

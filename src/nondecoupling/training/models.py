@@ -3,13 +3,20 @@
 import json
 import logging as python_logging
 import os
+import signal
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -21,8 +28,10 @@ from transformers import (
 from transformers.utils import logging
 
 from nondecoupling.study.profile import Adaptation, Model
+from nondecoupling.task.prompts import settle_chats
 
 ADAPTER_FILE = "adapter_config.json"
+TEMPLATE_SECONDS = 5  # to render a chat, which takes milliseconds
 
 
 def prepare_libraries() -> None:
@@ -35,26 +44,68 @@ def prepare_libraries() -> None:
 
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in folder ``base``; ValueError unless it has a chat template, an end-of-turn and a pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    for need in ("chat_template", "eos_token", "pad_token"):
-        if getattr(tokenizer, need) is None:
-            raise ValueError(f"The tokenizer in {base} has no {need}; choose a chat model, or add one to its folder.")
+    """The tokenizer in folder ``base``, which ends an answer as its chat template does; ValueError if it cannot."""
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"The tokenizer in {base} has no chat_template; choose a chat model, or add one to its folder."
+        )
+    try:
+        with time_limit(TEMPLATE_SECONDS):
+            tokenizer.chat_template = tokenizer.get_chat_template()  # of several, the one without tools
+            settle_chats(tokenizer)
+    except (TemplateError, TimeoutError, ValueError) as error:
+        raise ValueError(f"The tokenizer in {base} cannot be asked: {error}.") from None
     return tokenizer
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """TimeoutError after some seconds, for what a downloaded file may make endless (in the main thread alone)."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"its chat template took more than {seconds} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def load_base(base: Path, how: Model) -> PreTrainedModel:
     """The causal language model in folder ``base``, on the GPU where there is one.
 
     Its weights are held as ``how`` says: in ``dtype``, those of linear layers in 8 bits with ``quantization: 8bit``.
+    Raises ValueError for a kind of model that cannot go on from what it has read.
     """
-    return _load(AutoModelForCausalLM, base, how)
+    model = _load(AutoModelForCausalLM, base, how)
+    if model._is_stateful or "past_key_values" not in signature(model.forward).parameters:
+        raise ValueError(
+            f"The model in {base} is of the kind '{model.config.model_type}', which keeps no keys and values of what "
+            f"it has read: answers are sampled and scored from there; choose one that does, as Qwen, Llama or Gemma."
+        )
+    return model
 
 
 def _load(kind: Any, folder: Path, how: Model, **options: Any) -> PreTrainedModel:
-    """A model of class ``kind`` from ``folder``, held as ``how`` says."""
+    """A model of class ``kind`` from ``folder``, held as ``how`` says, without dropout; ``options`` change its config.
+
+    Dropout would make the policy that is trained another one than that which answers.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if "drop" in name and isinstance(value, float) and value:
+                setattr(part, name, 0.0)
     return kind.from_pretrained(
         folder,
+        config=config,
         dtype=getattr(torch, how.dtype),
         quantization_config=BitsAndBytesConfig(load_in_8bit=True) if how.quantization == "8bit" else None,
         attn_implementation="sdpa"
@@ -63,7 +114,7 @@ def _load(kind: Any, folder: Path, how: Model, **options: Any) -> PreTrainedMode
         device_map={"": 0} if torch.cuda.is_available() else None,
         local_files_only=True,
         use_safetensors=True,
-        **options,
+        trust_remote_code=False,
     )
 
 
@@ -133,6 +184,7 @@ def save_policy(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         model.save_pretrained(str(folder), selected_adapters=["default"])
         config = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = "base"  # the study's, wherever that is on which machine
+        config["target_modules"] = sorted(config["target_modules"])  # a set, which each process has in another order
         (folder / ADAPTER_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     else:
         model.save_pretrained(folder)

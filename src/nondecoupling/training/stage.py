@@ -15,7 +15,7 @@ from nondecoupling.study.plan import Run
 from nondecoupling.study.profile import Joint, Profile, RewardModel, Rl, Sft
 from nondecoupling.study.study import Study
 from nondecoupling.task import corpus as corpora
-from nondecoupling.task.prompts import check_prefix, other_wordings, prompt_ids, response_ids, responses
+from nondecoupling.task.prompts import check_chats, other_wordings, prompt_ids, response_ids, responses
 from nondecoupling.task.seeds import seed_of
 from nondecoupling.training import models
 from nondecoupling.training.base import base_folder
@@ -70,7 +70,7 @@ def prepare_stage(study: Study, name: str, seed: int, expected: str) -> Stage:
     if settings.data.labels == "truth":
         corpus = corpora.with_true_labels(corpus)
     tokenizer = models.load_tokenizer(base)
-    check_prefix(tokenizer, settings.prompt, corpus["sentence"].iloc[0])
+    check_chats(tokenizer, settings.prompt, corpus["sentence"])
     how, adaptation, pad = settings.model, settings.adaptation, tokenizer.pad_token_id
     if expected == "reward_model":
         policy = models.start_reward_model(base, None, how, adaptation, seed, pad)

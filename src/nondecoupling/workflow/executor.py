@@ -38,7 +38,8 @@ FINISHED = re.compile(r" · \d+:\d\d$")  # the line of a finished notebook
 
 def write_rules(root: Path, parts: list[Part], words: Sequence[str]) -> Path:
     """Write make rules for ``parts`` to the study's folder ``root``; ``words`` are the command line's for the study."""
-    lines = ["CARRY =", f"study: {parts[-1].target}"]
+    targets = " ".join(part.target for part in parts)  # each appears whole, and is not to be removed by make
+    lines = ["CARRY =", f".PRECIOUS: {targets}", f"study: {parts[-1].target}"]
     for part in parts:
         command = command_of(part, words)
         needs = " ".join([part.settings, *part.needs, *(["|", *part.after] if part.after else [])])
@@ -187,7 +188,7 @@ def mention_gpu(study: Study) -> None:
 def fetch_inputs(study: Study) -> None:
     """Download what the study needs from the hub, before a kernel starts; ConnectionError where that is impossible.
 
-    ValueError where the generated corpus is not described.
+    ValueError where the generated corpus is not described, or a folder of the user's holds no corpus or model.
     """
     profile, root = study.profile, folders.study_folder(study)
     if profile.data.generated:
@@ -196,5 +197,9 @@ def fetch_inputs(study: Study) -> None:
         grammar.require_each_phenomenon(profile.pretrain.taught, "pretrain.taught")
     if profile.data.source == "hub" and not profile.data.folder and not folders.is_complete(root / "data"):
         hub.fetch_glue()
+    if profile.data.folder and not folders.is_complete(root / "data"):
+        corpus.load_corpus(Path(profile.data.folder), profile.data.columns)
+    if profile.model.folder and not folders.is_complete(root / "base"):
+        hub.check_model(Path(profile.model.folder))
     if profile.model.hub and not profile.model.folder:
         hub.fetch_model(profile.model.hub, str(profile.model.revision))

@@ -115,9 +115,15 @@ def hashed(path: Path) -> str:
 
 
 def renewed_settings(root: Path, parts: list[Part], settings: dict[str, dict[str, Any]]) -> set[str]:
-    """Names of the parts whose settings file says something else than ``settings``, or is not there."""
-    files = {part.name: root / part.settings for part in parts}
-    return {name for name, path in files.items() if not path.exists() or folders.read_json(path) != settings[name]}
+    """Names of the parts whose settings file says something else than ``settings``, or is damaged or not there."""
+
+    def said(path: Path) -> Any:
+        try:
+            return folders.read_json(path)
+        except (FileNotFoundError, ValueError):
+            return None
+
+    return {part.name for part in parts if said(root / part.settings) != settings[part.name]}
 
 
 def beside_other_parents(study: Study, root: Path, parts: list[Part]) -> list[Part]:

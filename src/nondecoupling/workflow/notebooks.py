@@ -44,7 +44,7 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
 
 
 def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
-    """Execute the notebook that makes ``part`` with ``options``, and return the file that now exists.
+    """Execute the notebook that makes ``part`` with ``options``, publish both, and return the file that now exists.
 
     Raises ValueError before a kernel starts for bad parameters, RuntimeError naming the kept notebook if a cell fails.
     """
@@ -64,6 +64,8 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
     place = root / part.place
     working, failed = (place.with_name(f"{place.name}.{end}.ipynb") for end in ("partial", "failed"))
     working.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f"{place.name}.partial")
+    os.environ[folders.EXECUTED] = "1"
     try:
         execute_notebook(
             str(notebook),
@@ -75,15 +77,20 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
         )
     except (PapermillExecutionError, DeadKernelError) as error:
         os.replace(working, failed)
-        shutil.rmtree(place.with_name(f"{place.name}.partial"), ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         reason = (
             f"{error.ename}: {error.evalue}"
             if isinstance(error, PapermillExecutionError)
             else f"its kernel died, most likely for want of memory; {MEMORY_ADVICE}"
         )
         raise RuntimeError(f"{notebook.name} failed: {reason}\n  see {failed}") from None
+    finally:
+        del os.environ[folders.EXECUTED]
     failed.unlink(missing_ok=True)
-    os.replace(working, root / f"{part.name}.ipynb" if part.name in SUMMARIES else place / "notebook.ipynb")
+    if part.name in SUMMARIES:
+        os.replace(working, root / f"{part.name}.ipynb")
+    else:
+        folders.publish(partial, working)
     return root / part.target
 
 

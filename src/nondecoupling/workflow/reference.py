@@ -12,7 +12,7 @@ from nondecoupling.analysis.tables import document_parts
 from nondecoupling.study import folders, results
 from nondecoupling.study.plan import SUMMARIES
 from nondecoupling.study.results import Results, read_results
-from nondecoupling.study.study import Study, changed_settings, load_study
+from nondecoupling.study.study import Study, changed_settings, load_study, validated
 from nondecoupling.workflow.rules import rules_table
 
 DOCUMENTS = [folders.REPOSITORY / "README.md", *sorted((folders.REPOSITORY / "docs").glob("*.md"))]
@@ -62,13 +62,22 @@ def require_current(found: Results) -> None:
     planned = {run.name: run.changes for run in found.study.runs}
     made = {Path(path).name: entry["changes"] for path, entry in found.provenance["runs"].items()}
     now = [without_paths(found.study.profile.model_dump()), {name: planned[name] for name in made if name in planned}]
-    then = [without_paths(found.provenance["parameters"]), {name: made[name] for name in made if name in planned}]
+    settings = completed(found.provenance["parameters"])
+    then = [without_paths(settings), {name: made[name] for name in made if name in planned}]
     if json.loads(json.dumps(now)) != then:
         renews = "make reproduce" if found.own else "make reference"
         raise RuntimeError(
             f"{found.folder} was made with other settings or by another plan than '{found.study.name}' has now; "
             f"{renews} renews it."
         )
+
+
+def completed(parameters: dict[str, Any]) -> dict[str, Any]:
+    """``parameters`` with settings that came later at their defaults, which is how the study was made then."""
+    try:
+        return json.loads(json.dumps(validated(parameters, "parameters").model_dump()))
+    except ValueError:
+        return parameters
 
 
 def make_reference(study: Study, seeds: list[int]) -> None:

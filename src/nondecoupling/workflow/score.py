@@ -25,7 +25,7 @@ from nondecoupling.study.contracts import Score
 from nondecoupling.study.plan import STATES
 from nondecoupling.study.study import Study
 from nondecoupling.task.corpus import fixed_subset, load_checked_corpus
-from nondecoupling.task.prompts import TEMPLATE_OPTIONS, prompt_messages, responses
+from nondecoupling.task.prompts import around_answers, prompt_messages, rendered, responses
 from nondecoupling.training import models
 from nondecoupling.training.base import base_folder
 from nondecoupling.training.evaluation import label_log_probabilities, likelier_labels, predict
@@ -80,10 +80,8 @@ def score(study: Study, name: str, seed: int, root: Path, table: pd.DataFrame) -
     size = settings.evaluation.batch_size
     ours = predict(policy, tokenizer, settings.prompt, table, size, seed)
     chats = [prompt_messages(settings.prompt, sentence) for sentence in table["sentence"]]
-    questions: Any = tokenizer.apply_chat_template(
-        chats, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS
-    )
-    answers = [text + tokenizer.eos_token for text in responses(settings.prompt)]
+    questions, (before, after) = rendered(tokenizer, chats), around_answers(tokenizer)
+    answers = [before + text + after + tokenizer.eos_token for text in responses(settings.prompt)]
     found = harness_log_likelihoods(policy, tokenizer, questions, answers, table["label"].tolist(), size)
     offset = white_space_log_probability(policy, tokenizer, questions, size)
     likelier, labels = likelier_labels(ours), table["label"]
