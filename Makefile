@@ -3,15 +3,17 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-OPTIONS := PROFILE SEEDS JOBS DATA MODEL SET SCHEDULER RANDOM_WEIGHTS
-PROFILE ?= nano
+OPTIONS := PROFILE SEEDS JOBS DATA MODEL SET SCHEDULER RANDOM_WEIGHTS FORMAT
+PROFILE ?=
 SEEDS   ?=
 DATA    ?=
 MODEL   ?=
 SET     ?=
 RANDOM_WEIGHTS ?=
-# Empty: this machine. local, or the address of a running scheduler: a Dask cluster.
+# Empty: this machine. local, or the address or the file of a running scheduler: a Dask cluster.
 SCHEDULER ?=
+# commands: of `list`, a command for each run that is not finished.
+FORMAT  ?= grid
 # On processors runs are side by side with a thread each; studies of real models share a GPU one after the other.
 ifndef JOBS
 JOBS    := $(if $(and $(wildcard /dev/nvidia0),$(filter-out nano tiny,$(value PROFILE))),1,$(shell nproc 2>/dev/null || echo 2))
@@ -33,9 +35,11 @@ endif
 ifeq ($(CONDA_DEFAULT_ENV),nondecoupling)
 PYTHON := python
 READY  :=
+BUILDER :=
 else
 PYTHON := .venv/bin/python
 READY  := .venv/.ready
+BUILDER := .venv/.book
 endif
 
 # An option's value as one word of the shell, whatever is in it.
@@ -46,7 +50,7 @@ HOW      = --scheduler=$(call quoted,SCHEDULER) --jobs=$(call quoted,JOBS)
 WORKFLOW = $(PYTHON) -m nondecoupling.workflow
 KERNELS  = JUPYTER_PATH='$(subst ','\'',$(CURDIR))/src/nondecoupling/workflow/jupyter'
 
-TARGETS := FORCE help setup reproduce controls betas everything seeds study theory sweep list bench score smollm2 lab test lint \
+TARGETS := FORCE help setup reproduce controls betas geometry everything seeds study theory sweep list bench score smollm2 lab book test lint \
            verify report reference notebooks clean
 .PHONY: $(TARGETS)
 
@@ -58,7 +62,8 @@ help: ## print the targets
 	@echo '  PROFILE=nano|laptop|paper|tiny    SEEDS=0-4    JOBS=2 (runs side by side)'
 	@echo '  DATA=folder of TSV files          MODEL=folder of a causal LM'
 	@echo '  SET="rl.beta=0.25 sft.steps=100"  any setting of src/nondecoupling/profiles/'
-	@echo '  SCHEDULER=local|tcp://host:8786   a Dask cluster instead of this machine'
+	@echo '  SCHEDULER=local|tcp://host:8786   a Dask cluster; also its scheduler file'
+	@echo '  FORMAT=commands                   of list: a command for each run to do'
 	@echo '  older names: study (controls), theory (betas), sweep (seeds)'
 
 reproduce: $(READY) ## both experiments, five seeds, claims and report: 3 min
@@ -70,6 +75,9 @@ controls: $(READY) ## also controls and joint training: 8 min more
 betas: $(READY) ## also RL at other prices of the KL: 9 min more
 	@$(WORKFLOW) betas $(STUDY) $(HOW)
 
+geometry: $(READY) ## how long, when, along which directions: 10 min more
+	@$(WORKFLOW) geometry $(STUDY) $(HOW)
+
 everything: $(READY) ## all of these
 	@$(WORKFLOW) everything $(STUDY) $(HOW)
 
@@ -78,7 +86,7 @@ seeds: $(READY) ## reproduce with more seeds (SEEDS=0-19): 10 min more
 	@$(WORKFLOW) reproduce $(STUDY) $(HOW)
 
 list: $(READY) ## which runs are finished, and what makes the others
-	@$(WORKFLOW) list $(STUDY)
+	@$(WORKFLOW) list $(STUDY) --format=$(call quoted,FORMAT)
 
 verify: $(READY) ## could your results come from the committed reference?
 	@$(WORKFLOW) verify $(STUDY)
@@ -86,8 +94,11 @@ verify: $(READY) ## could your results come from the committed reference?
 report: $(READY) ## write results/<study>/report.html once more
 	@$(WORKFLOW) report $(STUDY) --shown
 
-lab: $(READY) ## open JupyterLab on the notebooks, explore.ipynb first
-	@$(KERNELS) $(PYTHON) -m jupyterlab notebooks/explore.ipynb
+lab: $(READY) ## JupyterLab on copies of the notebooks, tour first
+	@$(WORKFLOW) lab
+
+book: $(READY) $(BUILDER) ## book/index.html: chapters, docs and reports as a site
+	@$(WORKFLOW) book
 
 bench: $(READY) ## time and memory of PROFILE here (RANDOM_WEIGHTS=1: no hub)
 	@$(WORKFLOW) bench $(STUDY) $(if $(value RANDOM_WEIGHTS),--random-weights)
@@ -108,6 +119,11 @@ setup: $(READY) ## create .venv (all targets do it by themselves): 2 min
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed")'
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -e .
+	@touch $@
+
+.venv/.book: .venv/.ready
+	@echo 'installing what builds the book, once: about 70 MB'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[book]'
 	@touch $@
 
 # The notebooks run in a results folder of their own, so that a test never touches a study.

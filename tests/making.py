@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nondecoupling.study.folders import REPOSITORY
 
 OF_AN_OUTER_MAKE = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
@@ -35,3 +37,37 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
         assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
         time.sleep(0.1)
     return found
+
+
+def script_of_docs(name: str) -> str:
+    """The script that docs/cluster.md tells its readers to save as ``name``."""
+    text = (REPOSITORY / "docs" / "cluster.md").read_text(encoding="utf-8")
+    return text.partition(f"<!-- {name} -->\n\n```sh\n")[2].partition("```")[0]
+
+
+def is_over(process: int) -> bool:
+    """Whether a process has ended, also one that nobody has waited for."""
+    return not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+
+
+SBATCH = """#!/bin/sh
+# In place of Slurm's: each task of the array in a session of its own, which its end ends whole, with one CPU.
+range=$(sed -n 's/^#SBATCH --array=\\([0-9-]*\\).*/\\1/p' "$1")
+for task in $(seq "${range%-*}" "${range#*-}"); do
+    SLURM_ARRAY_TASK_ID=$task SLURM_CPUS_PER_TASK=1 setsid taskset -c 0 sh -c "$(sed -n 1p "$1" | cut -c3-) $1" \\
+        >"${0%sbatch}task$task.log" 2>&1 </dev/null &
+    echo $!
+done
+"""
+
+
+def place_sbatch(folder: Path) -> Path:
+    """A folder for the PATH, whose ``sbatch`` starts a script's tasks at once and prints their processes.
+
+    What a task prints is in the file ``task<number>.log`` beside it.
+    """
+    program = folder / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text(SBATCH)
+    program.chmod(0o755)
+    return program.parent

@@ -110,7 +110,9 @@ def results_of(
     table = pd.concat(answers, ignore_index=True) if answers else none
     metrics = metrics_of({run: {} for run in table["run"].unique()}, seeds) if metrics is None else metrics
     provenance = {"seeds": seeds, "chosen": sorted(study.chosen), "parameters": study.profile.model_dump()}
-    return Results(study, folder, metrics, none if trajectories is None else trajectories, table, none, provenance)
+    return Results(
+        study, folder, metrics, none if trajectories is None else trajectories, table, none, none, none, provenance
+    )
 
 
 def is_a(kind: type, content: object) -> bool:

@@ -1,27 +1,26 @@
-"""What a person with a browser sees: the report, and the notebook ``explore`` in JupyterLab.
+"""What a person with a browser sees: the report, the book, and the notebook ``explore`` in JupyterLab.
 
 Screenshots are kept in ``screenshots/``, which git ignores, to be looked at.
 """
 
 import base64
 import json
-import os
-import secrets
 import shutil
-import socket
 import struct
 import subprocess
-import sys
+import threading
 import urllib.request
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
-from nondecoupling.pages import report
+from nondecoupling.pages import book, report
 from nondecoupling.study import folders
 from nondecoupling.study.study import load_study
-from nondecoupling.workflow.notebooks import JUPYTER_PATH
+from nondecoupling.workflow import lab
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -154,55 +153,125 @@ def test_report_prints_whole(browser, report_file):
     assert printed.count(b"/Type /Page\n") in range(5, 17)
 
 
+# The book
+
+
+class Quietly(SimpleHTTPRequestHandler):
+    """Serves files without a line for each."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Address of the built book on this machine."""
+    for name in ("sphinx", "myst_nb", "furo"):
+        pytest.importorskip(name, reason="the book's builder is not installed: .[book]")
+    page = book.build_book(tmp_path_factory.mktemp("built") / "book")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quietly, directory=str(page.parent)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def pictures_of(notebook: Any) -> int:
+    """How many outputs of a notebook a browser shows as pictures."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+
+
+def test_the_book_is_read_page_by_page_and_asks_nobody_else(browser, site):
+    """Along its links to the next page: every notebook and document is there, with every figure and formula."""
+    from selenium.webdriver.common.by import By
+
+    home, expected = folders.REPOSITORY, ["index"]
+    for pattern in ("notebooks/*.ipynb", "results/reference/*/report.html", "docs/*.md", "CONTRIBUTING.md"):
+        paths = [path.relative_to(home) for path in sorted(home.glob(pattern))]
+        expected += [
+            f"reports/{path.parent.name}" if path.suffix == ".html" else path.with_suffix("").as_posix()
+            for path in paths
+        ]
+    look_like(browser, 1400, "light")
+    requested(browser), browser.get_log("browser")  # of tests before
+    browser.get(f"{site}/index.html")
+    read = []
+    while True:
+        name = browser.current_url.removeprefix(f"{site}/").removesuffix(".html")
+        read.append(name)
+        until(lambda: browser.execute_script("return document.readyState") == "complete", f"{name} is there")
+        images = browser.execute_script("return [...document.images].map(image => [image.naturalWidth, image.src])")
+        assert [source for width, source in images if not width] == []
+        notebook = home / f"{name}.ipynb"
+        if notebook.exists():
+            assert len(images) == pictures_of(notebook)
+        if name.startswith("reports/"):
+            browser.switch_to.frame(browser.find_element(By.TAG_NAME, "iframe"))
+            assert "reproduced" in browser.find_element(By.TAG_NAME, "body").text
+            browser.switch_to.default_content()
+        if browser.find_elements(By.CSS_SELECTOR, ".math"):
+            until(lambda: browser.find_elements(By.CSS_SELECTOR, "mjx-container"), f"formulas of {name}")
+        if name == "notebooks/05_claims":
+            keep_screenshot(browser, "book-claims")
+        following = browser.find_elements(By.CSS_SELECTOR, "a.next-page")
+        if not following:
+            break
+        browser.get(following[0].get_attribute("href"))
+    assert read == expected
+    back = browser.find_element(By.CSS_SELECTOR, "a.prev-page").get_attribute("href")
+    assert back == f"{site}/{expected[-2]}.html"
+    severe = [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+    assert [line for line in severe if "favicon.ico" not in line["message"]] == []
+    near = (site, "data:", "chrome")
+    assert [address for address in requested(browser) if not address.startswith(near)] == []
+
+
+def test_the_book_is_searched(browser, site):
+    from selenium.webdriver.common.by import By
+
+    browser.get(f"{site}/notebooks/06_theory.html")
+    browser.find_element(By.CSS_SELECTOR, "input[name=q]").send_keys("annotators\n")
+    until(lambda: browser.find_elements(By.PARTIAL_LINK_TEXT, "Data"), "the chapter on data is found", 20)
+    assert all(address.startswith((site, "data:")) for address in requested(browser))
+
+
 # JupyterLab
 
 
 @pytest.fixture
-def lab(tmp_path):
-    """Address of the notebook ``explore`` in a JupyterLab of its own, with no results but the committed ones."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (tmp_path / "notebooks").mkdir()
-    notebook = json.loads((folders.REPOSITORY / "notebooks" / "explore.ipynb").read_text(encoding="utf-8"))
+def lab_address(tmp_path):
+    """Address at which `make lab` answers, in a folder of its own and with no results but the committed ones."""
+    cleared = tmp_path / "lab"
+    lab.copy_notebooks(cleared)
+    notebook = folders.read_json(cleared / "explore.ipynb")
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell |= {"execution_count": None, "outputs": []}  # so that one sees which cells were run here
-    (tmp_path / "notebooks" / "explore.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
-    settings = {
-        "notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page, seen or not
-        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-    }
-    for name, content in settings.items():
-        path = tmp_path / "config" / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
-    token = secrets.token_hex(16)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
+    folders.write_json(cleared / "explore.ipynb", notebook)
+    started = lab.prepare(tmp_path)
     places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "NONDECOUPLING_RESULTS": "results"}
-    environment |= {name: str(tmp_path / folder) for name, folder in places.items()}
-    environment |= {"MPLBACKEND": "", "JUPYTER_PATH": str(JUPYTER_PATH)}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--port-retries=0"]
-    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={tmp_path / 'notebooks'}"]
+    environment = started.environment | {name: str(tmp_path / folder) for name, folder in places.items()}
     with (tmp_path / "lab.log").open("wb") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        command = [*started.command, "--no-browser"]
+        server = subprocess.Popen(command, env=environment | {"MPLBACKEND": ""}, stdout=log, stderr=subprocess.STDOUT)
+    ping = started.address.replace("/lab/workspaces/nondecoupling", "/api")
 
     def answers() -> bool:
         assert server.poll() is None, (tmp_path / "lab.log").read_text()
         try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}").status == 200
+            return urllib.request.urlopen(ping).status == 200
         except OSError:
             return False
 
     try:
         until(answers, "JupyterLab starts")
-        yield f"http://127.0.0.1:{port}/lab/tree/explore.ipynb?token={token}"
+        yield started.address
     finally:
         server.terminate()
-        server.wait(timeout=20)
+        server.wait(timeout=60)  # two kernels end with it
 
 
-def test_explore_runs_in_jupyterlab_and_a_slider_redraws(browser, lab):
+def test_lab_opens_tour_and_explore_which_runs_and_answers_its_bar(browser, lab_address):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -214,16 +283,22 @@ def test_explore_runs_in_jupyterlab_and_a_slider_redraws(browser, lab):
     def plane() -> str:
         """The picture of the closed forms, the second of the notebook."""
         pictures = "return [...document.querySelectorAll('.jp-OutputArea-output img')].map(image => image.src)"
-        return browser.execute_script(pictures)[1]
+        return browser.execute_script(pictures)[-1]
 
     def outputs() -> int:
-        """How many cells show an output."""
-        return len(browser.find_elements(By.CSS_SELECTOR, ".jp-CodeCell:has(.jp-OutputArea-output)"))
+        """How many cells of explore show an output."""
+        return sum(
+            cell.is_displayed()
+            for cell in browser.find_elements(By.CSS_SELECTOR, ".jp-CodeCell:has(.jp-OutputArea-output)")
+        )
 
     look_like(browser, 1400, "light")
-    browser.get(lab)
+    browser.get(lab_address)
+    until(lambda: find(".jp-Notebook", "four figures in five minutes"), "the tour is shown")
+    keep_screenshot(browser, "lab-tour")
+    until(lambda: find(".lm-TabBar-tab", "explore.ipynb"), "the other tab").click()
+    until(lambda: find(".jp-Notebook", "To play"), "explore is shown")
     until(lambda: find(".jp-Notebook-ExecutionIndicator[data-status='idle']"), "its kernel is ready")
-    until(lambda: find(".jp-CodeCell"), "the notebook is shown")
     keep_screenshot(browser, "lab-opened")
     assert outputs() == 0
     until(lambda: find(".lm-MenuBar-itemLabel", "Run"), "the menu").click()
@@ -232,14 +307,18 @@ def test_explore_runs_in_jupyterlab_and_a_slider_redraws(browser, lab):
     committed = sum(bool(cell.get("outputs")) for cell in cells)
     until(lambda: outputs() == committed, "all cells are run", 180)
     assert find("[data-mime-type='application/vnd.jupyter.stderr']") is None
-    page = browser.find_element(By.CSS_SELECTOR, ".jp-Notebook").text
-    assert "policies of 'nano (reference)', seed 0" in page  # those of one seed are committed
+    keep_screenshot(browser, "lab-run")
+    assert find(".jp-Notebook", "policies of 'nano (reference)', replication 0")  # those of one are committed
     before = plane()
-    slider = until(lambda: find(".widget-slider", "disagreement"), "the slider")
+    slider = until(lambda: find(".widget-slider", "disagreement"), "the bar stays in view")
     slider.find_element(By.CSS_SELECTOR, ".noUi-handle").send_keys(Keys.ARROW_RIGHT * 5)
     until(lambda: slider.find_element(By.CSS_SELECTOR, ".widget-readout").text == "0.15", "the slider moves", 10)
     until(lambda: plane() != before, "the picture changes", 10)
-    browser.execute_script("arguments[0].scrollIntoView({block: 'start'})", slider)
     keep_screenshot(browser, "lab-slider")
+    typed = until(lambda: find(".widget-text input"), "the sentence")
+    typed.send_keys(Keys.CONTROL + "a")
+    typed.send_keys("The xyzzy slept." + Keys.ENTER)
+    until(lambda: find("mark", "xyzzy"), "the strange word is marked", 20)
+    keep_screenshot(browser, "lab-sentence")
     near = ("http://127.0.0.1", "data:", "blob:", "chrome", "file:")
     assert [address for address in requested(browser) if not address.startswith(near)] == []

@@ -129,7 +129,8 @@ def test_a_command_that_kills_every_worker_is_given_up(capfd):
 
     with dask.config.set({"distributed.scheduler.allowed-failures": 0}), carry.local_scheduler(1) as address:
         assert carry.main([address, *shell(KILL_WORKER)]) == 1
-    assert capfd.readouterr().err == "error: every worker that ran it died, most likely for want of memory\n"
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: every worker that ran it died, for want of memory or at the end of its time; ")
 
 
 def test_a_worker_that_has_lost_its_scheduler_stops_its_command(here, monkeypatch):
@@ -138,7 +139,7 @@ def test_a_worker_that_has_lost_its_scheduler_stops_its_command(here, monkeypatc
 
     monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(status=distributed.Status.closing))
     ended = carry.run_command(shell("echo begun; sleep 60"), {}, {}, str(here))
-    assert ended == (-signal.SIGKILL, "begun\n", "")
+    assert ended == (-signal.SIGKILL, "begun\n", "", "")
     assert carry.running == {}
 
 
@@ -163,7 +164,7 @@ def test_a_worker_that_does_not_share_the_results_folder_is_refused(here, monkey
 
     monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(address="tcp://node:1"))
     ended = carry.run_command(["touch", "done"], {str(here / "token"): "0"}, {}, str(here))
-    assert ended.status == 1
+    assert (ended.status, ended.refused) == (1, "tcp://node:1")
     assert ended.complaints == f"error: worker tcp://node:1 has no {here / 'token'}, or another; {SENTENCE}.\n"
     assert list(here.iterdir()) == []
 
@@ -190,15 +191,45 @@ def test_a_scheduler_that_does_not_answer_is_said_in_one_sentence(monkeypatch, c
     assert line.startswith(f"error: no Dask scheduler answers at {address}; start one there")
 
 
-def test_a_scheduler_without_workers_is_said_in_one_sentence(monkeypatch, capfd):
+def test_a_first_worker_is_waited_for_with_a_line(capfd):
     from distributed import LocalCluster
 
-    monkeypatch.setattr(carry, "CONNECT_SECONDS", 1)
-    with LocalCluster(n_workers=0, dashboard_address=None) as running:
+    with LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None) as running:
         address = running.scheduler_address
-        assert carry.main([address, "true"]) == 1
-    [line] = capfd.readouterr().err.splitlines()
-    assert line == f"error: the scheduler at {address} has no workers; start some: dask worker {address} --nthreads 1"
+        waiting = threading.Thread(target=carry.wait_for_a_worker, args=[address])
+        waiting.start()
+        line = until(lambda: capfd.readouterr().out, "it says so", 20)
+        assert line.startswith(f"the scheduler at {address} has no workers; waiting for the first, which may be in a ")
+        assert waiting.is_alive()
+        running.scale(1)
+        waiting.join(timeout=60)
+        assert not waiting.is_alive()
+        carry.wait_for_a_worker(address)
+    assert capfd.readouterr().out == ""
+
+
+def test_workers_that_are_all_gone_are_waited_for_with_a_line(here, monkeypatch, capfd):
+    from distributed import LocalCluster
+
+    monkeypatch.setattr(carry, "LOOK_SECONDS", 0.5)
+    with LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None) as running:
+        waiting = threading.Thread(target=carry.main, args=[[running.scheduler_address, "touch", "done"]])
+        waiting.start()
+        line = until(lambda: capfd.readouterr().err, "it says so", 20)
+        assert line == "no worker is left; waiting for another\n"
+        running.scale(1)
+        waiting.join(timeout=60)
+    assert (here / "done").exists()
+
+
+def test_a_scheduler_is_named_by_its_file(address, here):
+    file = here / "scheduler.json"
+    file.write_text(f'{{"type": "Scheduler", "address": "{address}"}}')
+    assert carry.address_of(str(file)) == carry.address_of(address) == address
+    assert carry.is_remote(str(file))
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"SCHEDULER is .*scheduler.json, which is no scheduler file"):
+        carry.address_of(str(file))
 
 
 def test_a_second_cluster_on_this_machine_says_nothing(address, recwarn):

@@ -157,7 +157,7 @@ def unused_address() -> str:
 def test_a_scheduler_that_cannot_be_used_is_said_in_one_line(results, no_kernel, monkeypatch, capfd, scheduler, words):
     monkeypatch.setattr("nondecoupling.workflow.carry.CONNECT_SECONDS", 1)
     address = scheduler() if callable(scheduler) else scheduler
-    assert main(["reproduce", "--seeds", "0", "--scheduler", address]) == 1
+    assert main(["reproduce", "--profile=nano", "--seeds", "0", "--scheduler", address]) == 1
     printed = capfd.readouterr()
     [line] = printed.err.splitlines()
     assert line.startswith("error: ")
@@ -224,7 +224,9 @@ def test_clean_removes_this_study_only(results, capsys):
     assert [path.name for path in results.iterdir()] == ["nano"]
 
 
-@pytest.mark.parametrize("option", ["PROFILE", "SEEDS", "JOBS", "DATA", "MODEL", "SET", "SCHEDULER", "RANDOM_WEIGHTS"])
+@pytest.mark.parametrize(
+    "option", ["PROFILE", "SEEDS", "JOBS", "DATA", "MODEL", "SET", "SCHEDULER", "RANDOM_WEIGHTS", "FORMAT"]
+)
 def test_no_option_is_a_command(results, tmp_path, option):
     """Neither make nor the shell does what is in it, on the command line or in the environment."""
     made = [tmp_path / name for name in ("make", "shell", "quote")]

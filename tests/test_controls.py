@@ -204,7 +204,7 @@ def test_values_of_joint_runs_are_the_measures_of_each_seed():
     assert values["J1e-joint-m0.8"].equals(values["J1-joint-m0.8"])
 
 
-def test_the_answer_counts_verdicts_and_names_the_best_run():
+def test_the_answer_counts_verdicts_and_names_the_highest_run():
     found = {"a": (0.1, "confirmed"), "b": (0.3, "inconclusive"), "c": (-0.2, "refuted")}
     rows = [
         {"id": f"J{n}-{run}", "estimate": sign * estimate, "ci95": None, "verdict": verdict, "seeds": 5, "margin": None}
@@ -213,8 +213,10 @@ def test_the_answer_counts_verdicts_and_names_the_best_run():
     ]
     rows += [rows[0] | {"id": "J1e-c", "margin": 0.02}, rows[1] | {"id": "J1e-b", "margin": 0.02}]
     assert controls.joint_answer(rows) == (
-        "In sampled reward at equal SFT loss, 1 of 3 joint runs are shown to be better and 1 worse; the best is b with "
-        "+0.300. No more than 0.02 of reward apart, either way: 1 of 2. In greedy reward, 1 of 3 joint runs are shown "
-        "to be better and 1 worse; the best is c with +0.200. (Means over 5 seeds with 95 % intervals; Holm's "
-        "correction.)"
+        "In sampled reward at equal SFT loss, 1 of 3 joint runs are shown to be better and 1 worse; the highest mean "
+        "is b's, +0.300. No more than 0.02 of reward apart, either way: 1 of 2. In greedy reward, 1 of 3 joint runs "
+        "are shown to be better and 1 worse; the highest mean is c's, +0.200. (Means over 5 seeds with 95 % intervals; "
+        "Holm's correction.)"
     )
+    below = [row | {"estimate": (row["estimate"] - 0.3) if row["id"] < "J2" else -0.1} for row in rows]
+    assert "the highest mean is b's, +0.000" in controls.joint_answer(below)  # not one of less than nothing

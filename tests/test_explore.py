@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from ipywidgets import IntSlider
+from ipywidgets import Dropdown, IntSlider, SelectMultiple
 from matplotlib import pyplot as plt
 
 from nondecoupling.analysis import theory
@@ -43,7 +43,7 @@ def test_own_studies_are_before_references(mine):
     found = studies["mine"]
     assert (found.study.name, found.study.profile, found.seeds) == ("mine", STUDY.profile, [0, 1, 2])
     assert found.answers_of("sft", 2)["label"].tolist() == [1, 0]
-    assert explore.policies_in(found) == [*STATES, "rl-rl"]
+    assert explore.policies_in(found) == ["sft", "rl-rl"]  # and no other
 
 
 def test_where_nothing_was_run_the_embedded_studys_reference_is_shown(tmp_path, monkeypatch):
@@ -59,6 +59,33 @@ def test_a_study_of_another_version_does_not_hide_the_others(mine):
     assert "mine" in explore.find_studies()
 
 
+def test_controls_offer_what_the_chosen_study_has(nano, mine):
+    """What was chosen stays chosen where it is there, too."""
+    studies = {"nano": nano, "mine": explore.find_studies()["mine"]}
+    bar = explore.control_bar(studies)
+    assert (bar.study.value, bar.replication.index) == ("nano", 0)
+    assert bar.replication.options == (("all", None), *((str(seed), seed) for seed in nano.seeds))
+    runs = SelectMultiple(options=["sft", "sft-rl"], value=["sft", "sft-rl"])
+    one = Dropdown(options=["sft"], value="sft")
+    explore.offer(bar.study, runs, lambda name: explore.policies_in(studies[name]))
+    explore.offer(bar.study, one, lambda name: explore.policies_in(studies[name]))
+    assert set(one.options) > set(STATES)
+    one.value, bar.replication.value = "sft-rl", 2
+    bar.study.value = "mine"
+    assert (runs.value, one.value, one.options) == (("sft",), "sft", ("sft", "rl-rl"))
+    assert (bar.replication.value, len(bar.replication.options)) == (2, 4)
+    bar.study.value = "nano"
+    assert (runs.value, one.value, bar.replication.value) == (("sft",), "sft", 2)
+    bar.replication.value = 9
+    bar.study.value = "mine"
+    assert (bar.replication.value, bar.replication.index) == (None, 0)
+
+
+def test_only_what_was_trained_has_a_trajectory(nano):
+    assert explore.trained_in(nano)[:4] == STATES[1:]
+    assert "base" not in explore.trained_in(nano)
+
+
 def test_trajectories_have_a_thin_line_per_seed_and_a_thick_mean(nano):
     figure = explore.draw_trajectories(nano, ("sft", "sft-rl"), None, "sft_loss")
     lines = figure.axes[0].lines
@@ -72,7 +99,7 @@ def test_trajectories_have_a_thin_line_per_seed_and_a_thick_mean(nano):
 
 def test_missing_run_is_a_sentence_in_the_picture(nano):
     figure = explore.draw_trajectories(nano, ("no-such-run",), None, "sft_loss")
-    assert "no such run is finished" in figure.axes[0].get_title()
+    assert "no run is chosen" in figure.axes[0].get_title()
 
 
 def test_square_is_where_the_closed_form_says(nano):
@@ -108,13 +135,27 @@ def test_changed_answers_are_counted_by_source(tmp_path):
         policy(run, odds_of(np.array(p), np.ones(4)), labels, [0]).assign(source=sources)
         for run, p in (("rl", [0.9, 0.9, 0.2, 0.6]), ("rl-sft", [0.8, 0.3, 0.7, 0.4]))
     ]
-    changed = explore.changed_answers(results_of(STUDY, runs, seeds=[0]), "rl", "rl-sft", 0)
+    found = results_of(STUDY, runs, seeds=[0])
+    changed = explore.changed_answers(found, "rl", "rl-sft", 0)
+    assert explore.changed_answers(found, "rl", "rl-sft", None).equals(changed)  # all, of which there is one
     assert changed["sentence"].tolist() == ["s1", "s2", "s3"]
     assert changed["now"].tolist() == ["wrong", "right", "right"]
     assert changed["p_after"].tolist() == pytest.approx([0.3, 0.7, 0.4])
+    listed = explore.list_changes(changed, "x", True)
+    assert listed.data["sentence"].tolist() == ["s1"]
+    assert listed.caption == "1 of 1 sentences"
+    assert "holds none" in explore.list_changes(changed.assign(sentence=""), "every phenomenon", False).caption
     counts = explore.count_changes(changed)
     assert counts.loc["x"].tolist() == [1, 1]
     assert counts.loc["y"].tolist() == [1, 0]
+
+
+def test_all_replications_are_counted_together():
+    runs = [
+        policy(run, [[2.0, 2.0], [2.0, odds], [2.0, odds]], [1, 0]) for run, odds in (("rl", 2.0), ("rl-sft", -2.0))
+    ]
+    found = results_of(STUDY, runs)
+    assert [len(explore.changed_answers(found, "rl", "rl-sft", seed)) for seed in (0, 1, None)] == [0, 1, 2]
 
 
 @pytest.fixture
@@ -152,8 +193,8 @@ def test_where_nothing_can_be_shown_the_reason_is(shown):
 
 
 def test_a_sentence_is_judged_by_the_policies_that_are_there(nano):
-    results, tokenizer, policies = explore.load_policies("nano (reference)", 0)
-    assert list(policies) == STATES
+    results, tokenizer, policies, seed = explore.load_policies("nano (reference)", None)
+    assert (list(policies), seed) == (STATES, 0)  # the one replication whose weights are committed
     answers = {run: results.answers_of(run, 0).iloc[3] for run in STATES}
     table = explore.judge_sentence(results, tokenizer, policies, answers["sft"]["sentence"])
     assert list(table.index) == [NAMES[run] for run in STATES]
@@ -168,7 +209,43 @@ def test_a_sentence_is_judged_by_the_policies_that_are_there(nano):
     assert np.isnan(alone["KL to the stage before"])  # whose policy is not there
 
 
-@pytest.mark.parametrize(("name", "seed"), [("mine", 0), ("nano (reference)", 4)])
-def test_without_policies_it_says_how_to_make_them(mine, name, seed):
-    with pytest.raises(FileNotFoundError, match="make reproduce makes them"):
+@pytest.mark.parametrize(
+    ("name", "seed", "words"),
+    [
+        ("mine", 0, "policies of mine, replication 0."),
+        ("mine", None, "policies of mine. "),
+        ("nano (reference)", 4, "replication 4; those of replication 0 are there"),
+    ],
+)
+def test_without_policies_it_says_how_to_make_them(mine, name, seed, words):
+    with pytest.raises(FileNotFoundError, match="make reproduce makes them") as caught:
         explore.load_policies(name, seed)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "shown"),
+    [
+        ("The kings slept.", "The kings slept."),
+        ("the Kings slept at home.", "the <mark>Kings</mark> slept at home."),
+        ("No xyzzy 123 & <b>", "No <mark>xyzzy</mark> <mark>123</mark> &amp; &lt;<mark>b</mark>&gt;"),
+    ],
+)
+def test_words_outside_the_grammar_are_marked(sentence, shown):
+    assert explore.marked(sentence) == shown
+
+
+def test_the_grammar_knows_the_words_of_its_sentences(nano):
+    sentences = nano.answers["sentence"].drop_duplicates()
+    assert len(sentences) > 1000
+    assert [sentence for sentence in sentences if "<mark>" in explore.marked(sentence)] == []
+
+
+def test_a_judgement_shows_the_sentence_and_asks_for_one():
+    content = explore.judgement("nano (reference)", None, " The  xyzzy slept.").data
+    assert "The <mark>xyzzy</mark> slept." in content
+    assert "never seen" in content
+    assert "replication 0" in content
+    assert "never seen" not in explore.judgement("nano (reference)", 0, "The king slept.").data
+    with pytest.raises(ValueError, match="Type a sentence"):
+        explore.judgement("nano (reference)", 0, " ")

@@ -60,6 +60,7 @@ def experiments(verdicts):
         (("reproduced", "reproduced", "not reproduced"), ("raises", "sampled reward falls, greedy rises")),
         (("not reproduced", "inconclusive", "reproduced"), ("lowers", "sampled reward undecided, greedy falls")),
         (("inconclusive", "reproduced", "inconclusive"), ("may or may not", "sampled reward falls, greedy undecided")),
+        (("not run", "inconclusive", "not run"), ("may or may not", "sampled reward undecided, greedy undecided")),
     ],
 )
 def test_the_picture_of_both_experiments_says_what_was_found(verdicts, titles):

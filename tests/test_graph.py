@@ -219,3 +219,24 @@ def test_the_list_says_what_an_edit_or_another_parent_makes_out_of_date(root, be
 def test_the_list_has_one_mark_for_what_is_there_once(root, tmp_path):
     marks = graph.status_lines(load_study("nano", data=str(tmp_path)), [0, 1])[1:3]
     assert [line.split() for line in marks] == [["data", "·"], ["base", "·", "·"]]
+
+
+# Commands for batch systems
+
+
+def test_commands_are_those_of_the_unfinished_runs_each_after_what_it_needs(root):
+    study = load_study("nano")
+    parts = [part for part in graph.parts_of(study, [0, 3], graph.GROUPS) if part.target.endswith(folders.METRICS)]
+    lines = executor.commands_of_runs(study, [0, 3], ["--profile=nano", "--data=it's"])
+    assert len(lines) == len(parts)
+    for line, part in zip(lines, parts, strict=True):
+        words = ["run", "--run", part.name, "--seed", str(part.seed), "--profile=nano", "--data=it's"]
+        assert shlex.split(line, comments=True)[2:] == ["nondecoupling.workflow", *words]
+        assert line.endswith(f"  # {study.run(part.name).group}")
+    made = [part for part in parts if part.name in ("data", "base", "rl")]
+    for part in made:  # as the commands would: later than the settings that they found
+        (root / part.target).parent.mkdir(parents=True, exist_ok=True)
+        parents = folders.parent_hashes(study, root, study.run(part.name), part.seed)
+        folders.write_json(root / part.target, {"parents": parents})
+    left = executor.commands_of_runs(study, [0, 3], ["--profile=nano", "--data=it's"])
+    assert left == [line for line, part in zip(lines, parts, strict=True) if part not in made]

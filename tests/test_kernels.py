@@ -1,6 +1,5 @@
 """Kernels that start warm are what ordinary ones are: clean, equal in what they compute and show, and easy to end."""
 
-import io
 import os
 import shutil
 import signal
@@ -82,7 +81,7 @@ def end(*processes):
 
 def test_a_study_has_a_server_where_it_executes_something_here(monkeypatch, tmp_path):
     monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
-    monkeypatch.setattr(executor.carry, "connect", lambda _: io.StringIO())
+    monkeypatch.setattr(executor.carry, "wait_for_a_worker", lambda _: None)
     addresses = []
     monkeypatch.setattr(executor, "run_make", lambda *_: addresses.append(os.environ.get(kernels.ADDRESS)))
 

@@ -3,13 +3,16 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nondecoupling.study import folders
-from nondecoupling.study.fingerprint import NOTEBOOKS, kind_of, notebook_of
+from nondecoupling.study.fingerprint import NOTEBOOKS, code_of, kind_of, notebook_of
 from nondecoupling.study.plan import SUMMARIES
+from nondecoupling.study.results import Results
 from nondecoupling.study.study import load_study
 from nondecoupling.workflow import graph, notebooks
 from nondecoupling.workflow.__main__ import main
@@ -133,3 +136,51 @@ def test_a_kernel_that_dies_is_said_with_what_saves_memory(results, monkeypatch,
     assert main(["run", "--run", "sft"]) == 1
     assert "03_sft.ipynb failed: its kernel died, most likely for want of memory; use JOBS=1" in capsys.readouterr().err
     assert [path.name for path in partial.parent.iterdir()] == ["sft.failed.ipynb"]
+
+
+# As a book
+
+CHAPTERS = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+
+
+def cells_of(notebook: Path) -> list[dict]:
+    return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+
+
+@pytest.mark.parametrize("place", range(len(CHAPTERS)), ids=lambda place: CHAPTERS[place].stem)
+def test_a_chapter_leads_to_its_neighbours_at_top_and_bottom_and_has_a_bound(place):
+    cells = cells_of(CHAPTERS[place])
+    top, bottom = ("".join(cells[end]["source"]).splitlines()[0] for end in (0, -1))
+    assert top == bottom
+    links = re.findall(r"\]\(([^)]+)\)", top)
+    neighbours = [path.name for path in (CHAPTERS[max(place - 1, 0)], *CHAPTERS[place + 1 : place + 2])]
+    assert {"../README.md", *neighbours} - {CHAPTERS[place].name} <= set(links)
+    assert len(cells) < (20 if place == 0 else 45)
+
+
+NO_TORCH = """
+import sys
+class Barred:
+    def find_spec(self, name, *_):
+        if name in ("torch", "transformers"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Barred())
+"""
+
+
+def test_the_tour_needs_no_torch_and_makes_no_file(tmp_path):
+    """It is read where nothing but the tables is: all of it runs with torch out of reach."""
+    code = NO_TORCH + code_of(NOTEBOOKS / "00_tour.ipynb")
+    environment = {**os.environ, "NONDECOUPLING_RESULTS": str(tmp_path), "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the committed reference" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tour_says_what_is_not_made_yet(results, monkeypatch, capsys):
+    """A study whose theory is not made, or that has no sweep, has a sentence in place of a figure."""
+    monkeypatch.setattr(Results, "read", lambda *_: None)
+    exec(code_of(NOTEBOOKS / "00_tour.ipynb"), {})
+    assert "theory.json is not made yet" in (printed := capsys.readouterr().out)
+    assert "make betas runs it" in printed

@@ -15,7 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from making import REPOSITORY, environment, make, until
+from making import REPOSITORY, environment, is_over, make, place_sbatch, script_of_docs, until
 from nondecoupling.study import folders
 from nondecoupling.study.results import Results, collect, read_results, write_results
 from nondecoupling.study.study import load_study
@@ -161,7 +161,7 @@ def test_a_study_is_verified_against_its_profiles_reference(copied, monkeypatch,
     found = read_results(STUDY, copied)
     metrics = found.metrics.assign(sft_loss=found.metrics["sft_loss"] + (found.metrics["run"] == "sft-rl") * 9)
     provenance = found.provenance | {"parameters": changed.profile.model_dump()}
-    write_results(Results(changed, folders.study_folder(changed), metrics, *found[3:6], provenance))
+    write_results(Results(changed, folders.study_folder(changed), metrics, *found[3:8], provenance))
     assert main(["verify", "--profile=tiny", "--set=rl.beta=1.0"]) == 1
     printed = capsys.readouterr()
     said = " ".join(printed.out.split())
@@ -206,6 +206,25 @@ def test_a_second_make_executes_nothing_and_the_list_is_complete(results, study)
     assert states["joint-m0.2"] == ["·", "·"]
     assert states["main"] == ["12", "of", "12", "complete"]
     assert states["sweep"][-2:] == ["make", "betas"]
+
+
+def test_the_commands_of_a_list_are_tasks_of_a_batch_system_and_make_finds_their_runs(copied, tmp_path):
+    """The script of docs/cluster.md that needs no Dask, for one group and one seed."""
+    for run in ("rl", "rl-sft"):
+        shutil.rmtree(copied / "seed1" / run)
+    script = script_of_docs("replications.sh")
+    for theirs, ours in {"0-19": "1-1", "PROFILE=nano": "PROFILE=tiny", "| sh": "| grep '# main$' | sh"}.items():
+        assert theirs in script
+        script = script.replace(theirs, ours)
+    (tmp_path / "replications.sh").write_text(script)
+    programs = place_sbatch(tmp_path)
+    surroundings = environment() | {"PATH": f"{programs}:{environment()['PATH']}"}
+    words = ["sbatch", str(tmp_path / "replications.sh")]
+    task = int(subprocess.run(words, cwd=REPOSITORY, env=surroundings, stdout=subprocess.PIPE, check=True).stdout)
+    until(lambda: is_over(task), "the task ends")
+    printed = (programs / "task1.log").read_text(encoding="utf-8")
+    assert [line.rpartition(" · ")[0] for line in printed.splitlines()] == ["seed 1 · rl", "seed 1 · rl-sft"], printed
+    assert {part.target for part in graph.stale_parts(copied, PARTS)} == MADE_OF_ALL
 
 
 # What is out of date

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nondecoupling.study.plan import one_per_beta
+from nondecoupling.study.plan import one_per_beta, starts, three_betas
 from nondecoupling.study.study import PROFILES, changed_settings, load_study, parse_overrides
 
 NAMES = sorted(path.stem for path in PROFILES.glob("*.yaml"))
@@ -47,7 +47,8 @@ def test_the_runs_of_the_plan():
     """A control that comes or goes does so on purpose."""
     study = load_study("nano")
     betas = [f"sft-rl-b{beta}" for beta in ("5", "2", "1", "0.5", "0.25", "0.1", "0.05")]
-    planned = {group: {run.name for run in study.runs_of(group)} for group in ("main", "sweep", "controls")}
+    study_groups = ("main", "sweep", "controls", "geometry")
+    planned = {group: {run.name for run in study.runs_of(group)} for group in study_groups}
     assert planned["main"] == {"data", "base", "sft", "sft-rl", "rl", "rl-sft"}
     halves = {f"{name}-half" for name in betas} - {"sft-rl-b0.5-half"}
     assert planned["sweep"] == {*betas, *halves, "sft-rl-b1-group"}
@@ -55,6 +56,11 @@ def test_the_runs_of_the_plan():
     controls += "sft-clean sft-rl-clean reward-model rl-proxy sft-rl-proxy sft-rl-rloo interleaved"
     joint = ["joint-m0.2", "joint-m0.5", "joint-m0.8"]
     assert planned["controls"] == {*controls.split(), *joint}
+    starts = [f"sft-{share}" for share in (10, 25, 50)]
+    between = {f"{start}-rl-b{beta:g}" for start in starts for beta in (1, 0.5, 0.25)}
+    measured = {f"gradients-{name}" for name in (*planned["main"] - {"data"}, *starts)}
+    shared = {"sft-rl-b1-half", "sft-rl-b0.25-half"}
+    assert planned["geometry"] == {*starts, *between, *measured, *shared, "rl-b1", "rl-b0.25"}
     along = {run.name for run in study.runs if run.curve}
     proxies = {"reward-model", "rl-proxy", "sft-rl-proxy"}
     assert along == planned["main"] | proxies | {*joint, "interleaved"}
@@ -76,6 +82,25 @@ def test_where_steps_are_dear_each_other_beta_is_run_once():
     assert one_per_beta(study.runs) == swept
     nano = [run.name for run in one_per_beta(load_study("nano").runs)]
     assert nano == [f"sft-rl-b{beta}" for beta in ("5", "2", "1", "0.5", "0.25", "0.1", "0.05")]
+
+
+@pytest.mark.parametrize("settings", ["", "rl.beta=0.3", "rl.beta=7", "sweep.betas=[]"])
+def test_rl_begins_at_every_start_with_the_neighbours_of_its_own_beta(settings):
+    study = load_study("nano", overrides=parse_overrides(settings))
+    own, betas = study.profile.rl.beta, three_betas(study.profile)
+    assert own in betas
+    assert all(beta == own or beta in study.profile.sweep.betas for beta in betas)
+    for start, runs in starts(study.profile).items():
+        assert list(runs) == betas or set(runs) == set(betas)
+        for beta, name in runs.items():
+            run, settings = study.run(name), study.settings_of(study.run(name))
+            assert (run.parent, run.stage) == (start, "rl")
+            assert (settings.rl.beta, settings.rl.steps) == (beta, study.profile.rl.steps)
+            assert run in study.runs_of("main", "geometry")
+
+
+def test_geometry_of_a_published_model_trains_nothing():
+    assert {run.stage for run in load_study("laptop").runs_of("geometry")} == {"gradients"}
 
 
 def test_a_published_model_is_also_paid_for_what_it_says_in_sentences():

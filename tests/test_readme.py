@@ -16,12 +16,6 @@ from nondecoupling.study.results import read_results
 from nondecoupling.study.study import load_study, parse_overrides, parse_seeds
 from nondecoupling.workflow import reference
 
-# Toy sizes for the worked example: everything runs, nothing but the answer format is learnt.
-TOY = (
-    "pretrain.corpus_size=2000 pretrain.steps=120 "
-    "sft.steps=10 rl.steps=2 rl.prompts_per_step=2 rl.answers_per_prompt=4 evaluation.points=2 evaluation.train_size=50"
-)
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = {path: path.read_text(encoding="utf-8") for path in reference.DOCUMENTS}
 README, OWN = DOCUMENTS[REPOSITORY / "README.md"], DOCUMENTS[REPOSITORY / "docs" / "your-own.md"]
@@ -33,7 +27,7 @@ COMMANDS = [
     if line.strip()
 ]
 REFERENCES = REPOSITORY / "results" / "reference"
-OPTIONS = {"RANDOM_WEIGHTS", "PROFILE", "SEEDS", "DATA", "MODEL", "SET", "JOBS", "SCHEDULER"}
+OPTIONS = {"RANDOM_WEIGHTS", "PROFILE", "SEEDS", "DATA", "MODEL", "SET", "JOBS", "SCHEDULER", "FORMAT"}
 
 
 def test_readme_shows_the_main_commands():
@@ -53,18 +47,18 @@ def test_command_is_understood(command):
 
 
 def test_worked_example_of_another_task_runs(tmp_path):
-    """The guide's own code and command, at toy size and for one seed."""
+    """The guide's own code and command, for one seed of the smallest profile, which learns the answer format."""
     (code,) = re.findall(r"```python\n(.*?)```", OWN, flags=re.DOTALL)
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     shown = OWN.partition("```text\n")[2].partition("```")[0]
     assert (tmp_path / "my-task" / "dev.tsv").read_text(encoding="utf-8").startswith(shown)
     (command,) = (shlex.split(line) for line in COMMANDS if "DATA=my-task" in line)
     changed = {"DATA=my-task": f"DATA={tmp_path / 'my-task'}", "SEEDS=0-1": "SEEDS=0"}
-    words = [changed.get(word, f"{word} {TOY}" if word.startswith("SET=") else word) for word in command]
+    words = [changed.get(word, word) for word in command]
     inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     environment = inherited | {"NONDECOUPLING_RESULTS": str(tmp_path / "results"), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [*words, "JOBS=2"], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+        [*words, "JOBS=2", "PROFILE=tiny"], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "results").iterdir()
@@ -79,6 +73,17 @@ def test_linked_files_exist():
     for path, text in DOCUMENTS.items():
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert (path.parent / target).exists(), (path.name, target)
+
+
+def test_chapters_take_the_minutes_that_are_promised():
+    """A minute for 200 words, and a quarter of one for a figure or a table."""
+    promised = dict(re.findall(r"\(notebooks/(\w+)\.ipynb\)[^|(]*\((\d+)\)", README)) | {"00_tour": 5}
+    assert set(promised) == {path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb")}
+    for name, minutes in promised.items():
+        cells = folders.read_json(REPOSITORY / "notebooks" / f"{name}.ipynb")["cells"]
+        prose = [word for cell in cells if cell["cell_type"] == "markdown" for word in "".join(cell["source"]).split()]
+        shown = [out for cell in cells for out in cell.get("outputs", []) if out["output_type"] != "stream"]
+        assert abs(len(prose) / 200 + len(shown) / 4 - int(minutes)) <= max(1.5, int(minutes) / 5), name
 
 
 def test_the_readme_is_short():

@@ -89,6 +89,27 @@ def test_what_is_not_the_studys_own_is_kept_away(monkeypatch):
 @pytest.mark.parametrize(("jobs", "threads"), [(1, "4"), (2, "2"), (9, "1")])
 def test_real_models_share_the_cores_that_the_process_may_use(monkeypatch, jobs, threads):
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     notebooks.quiet_environment(tiny({"model.folder": "."}), jobs)
     assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({"OMP_NUM_THREADS": "3"}, "3"),
+        ({"SLURM_CPUS_PER_TASK": "2"}, "2"),
+        ({"SLURM_CPUS_PER_TASK": "8"}, "4"),
+        ({"SLURM_CPUS_PER_TASK": "2", "OMP_NUM_THREADS": "3"}, "3"),
+    ],
+)
+def test_real_models_have_the_threads_that_the_user_or_the_batch_system_says(monkeypatch, given, threads):
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    monkeypatch.setattr(os, "environ", inherited | given)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    notebooks.quiet_environment(tiny({"model.folder": "."}), jobs=1)
+    assert os.environ["MKL_NUM_THREADS"] == os.environ["OMP_NUM_THREADS"] == threads
+    notebooks.quiet_environment(tiny(), jobs=1)
+    assert os.environ["OMP_NUM_THREADS"] == "1"  # the embedded model is the same study whatever is set

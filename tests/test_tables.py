@@ -165,7 +165,10 @@ def test_who_pays_and_the_crossing_are_said_with_their_numbers():
     who, where = tables.theory_sentences({"who_pays": payers, "crossing": crossing})
     assert "by +0.330 [+0.230, +0.430] nats where 25% of the annotators disagree (own belief +0.390)" in who
     assert "and by -0.010 [-0.110, +0.090] nats where 2% of the annotators disagree (own belief +0.040)." in who
-    assert "at β* = 0.60 [0.40, 0.90], in 2 of 3 replications" in where
+    assert where == (
+        "As β falls, RL after SFT comes to end above the base's SFT loss at β* = 0.60 [0.40, 0.90], in 2 of 3 "
+        "replications."
+    )
     assert tables.theory_sentences({"who_pays": [], "crossing": None}) == []
     nowhere = {"measured": None, "by_seed": [None, None]}
     assert tables.theory_sentences({"who_pays": [], "crossing": nowhere}) == [
@@ -198,6 +201,15 @@ def test_a_run_that_serves_all_replications_costs_each_its_part():
     assert " took 30 s for both" in tables.cost_sentence(found._replace(costs=once))
 
 
+def test_runs_that_did_not_finish_and_policies_that_collapsed_are_counted():
+    one_collapsed = {"predicted_acceptable_rate": [1.0, 0.7, 0.7], "mcc": [0.0, 0.5, 0.5]}
+    found = results_of(load_study("nano"), metrics=metrics_of({"base": {}, "sft": one_collapsed}))
+    found = timed(found, {"base": [30, 60, 90], "sft": [9, 9, 9]})
+    assert tables.runs_sentence(found._replace(costs=found.costs.iloc[1:])) == (
+        f"5 of {3 * len(found.study.runs)} runs of the plan finished, for 3 seeds; 1 of 6 policies collapsed."
+    )
+
+
 def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     study = load_study("nano")
 
@@ -209,7 +221,7 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     folders.write_json(tmp_path / "claims.json", rows + controls_not_run(study))
     folders.write_json(tmp_path / "theory.json", {"sweep": None, "who_pays": [], "crossing": None})
     without = parts(MEASURED)
-    assert list(without) == ["nano", "nano, findings", "nano, cost"]
+    assert list(without) == ["nano", "nano, findings", "nano, cost", "nano, runs"]
     found = tables.markdown_table(tables.findings_table(rows))  # of the paper's claims and ours beside them alone
     assert without["nano, findings"] == found
     assert "| RL after SFT raises the SFT loss (A1) | rises sharply | +0.150 [+0.100, +0.200] | reproduced |" in found
@@ -221,28 +233,77 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     folders.write_json(tmp_path / "theory.json", {"sweep": [sweep_entry()], "who_pays": [], "crossing": None})
     runs = MEASURED | {run.name: {} for run in study.runs_of("controls") if run.stage != "reward_model"}
     everything = parts(runs | {"reward-model": {}})
-    assert list(everything) == ["nano", "nano, controls", "nano, findings", "nano, cost"]
+    assert list(everything) == ["nano", "nano, controls", "nano, findings", "nano, cost", "nano, runs"]
     assert "| β | steps |" in everything["nano"]
     for words in ("| K1: ", "| J2-interleaved: ", "| rl-rl | 0.400 |"):
         assert words in everything["nano, controls"]
     assert "reward-model" not in everything["nano, controls"]  # it is no policy
 
 
+REPRODUCED, NOT, OPEN, MISSING = "reproduced", "not reproduced", "inconclusive", "not run"
+SIZE, CHANGE = "[0.100, 0.200]", "+0.020 [-0.100, +0.140]"  # of what is decided, and of what is not
+LOSS = CHANGE.replace(" ", " nats ", 1)
+
+
 @pytest.mark.parametrize(
-    ("verdicts", "words"),
+    ("verdicts", "first", "second"),
     [
-        ("++++", ("raised", "above", "lowered the", "lowered that")),
-        ("+++-", ("raised", "above", "lowered the", "raised that")),
-        ("---+", ("lowered", "below", "raised the", "lowered that")),
-        ("????", ("may or may not have raised", "about at", "may or may not have lowered the", "may or may not")),
+        (
+            (REPRODUCED, REPRODUCED, REPRODUCED, REPRODUCED),
+            f"RL after SFT raised the SFT loss by 0.150 nats {SIZE}; it ends 0.150 nats {SIZE} above the base model's.",
+            f"SFT after RL lowered the reward of sampled answers by 0.150 {SIZE}; it lowered that of the likelier "
+            f"answer by 0.150 {SIZE}.",
+        ),
+        (
+            (NOT, NOT, NOT, NOT),
+            f"RL after SFT lowered the SFT loss by 0.150 nats {SIZE}; it ends 0.150 nats {SIZE} below the base "
+            "model's.",
+            f"SFT after RL raised the reward of sampled answers by 0.150 {SIZE}; it raised that of the likelier "
+            f"answer by 0.150 {SIZE}.",
+        ),
+        (
+            (OPEN, OPEN, OPEN, OPEN),
+            f"Whether RL after SFT raises the SFT loss is not decided ({LOSS}); whether it ends above the base "
+            f"model's is not decided ({LOSS}).",
+            f"Whether SFT after RL lowers the reward of sampled answers is not decided ({CHANGE}); whether it lowers "
+            f"that of the likelier answer is not decided ({CHANGE}).",
+        ),
+        (
+            (REPRODUCED, OPEN, NOT, MISSING),
+            f"RL after SFT raised the SFT loss by 0.150 nats {SIZE}; whether it ends above the base model's is not "
+            f"decided ({LOSS}).",
+            f"SFT after RL raised the reward of sampled answers by 0.150 {SIZE}; whether it lowers that of the "
+            "likelier answer was not measured.",
+        ),
     ],
 )
-def test_the_answer_follows_from_the_verdicts(rows, verdicts, words):
-    meaning = {"+": "reproduced", "-": "not reproduced", "?": "inconclusive"}
-    known = {name: meaning[sign] for name, sign in zip(("A1", "A2", "B2", "B3"), verdicts, strict=True)}
-    told = [row | {"verdict": known.get(row["id"], "inconclusive")} for row in rows]
-    first, second = tables.answer_sentences(told)
-    assert first.startswith(f"RL after SFT {words[0]} the SFT loss, by +0.150 nats [+0.100, +0.200], to")
-    assert f", to {words[1]} the base model's (" in first
-    assert second.startswith(f"SFT after RL {words[2]}")
-    assert f", and {words[3]}" in second
+def test_the_answer_says_what_the_verdicts_say(rows, verdicts, first, second):
+    """Of a rise or a fall how large it is, of what is open the change with its sign, of what was not run no number."""
+    told = {row["id"]: row for row in rows}
+    for name, verdict in zip(("A1", "A2", "B2", "B3"), verdicts, strict=True):
+        sign = 1 if (verdict == REPRODUCED) == (name[0] == "A") else -1
+        numbers = {"estimate": sign * 0.15, "ci95": sorted((sign * 0.1, sign * 0.2))}
+        if verdict == OPEN:
+            numbers = {"estimate": 0.02, "ci95": [-0.1, 0.14], "p_value": 0.7}
+        if verdict == MISSING:
+            numbers = {"estimate": None, "ci95": None}
+        told[name] = told[name] | numbers | {"verdict": verdict}
+    assert tables.answer_sentences(list(told.values())) == [first, second]
+
+
+def test_the_answer_of_one_replication_has_no_interval():
+    one = judged_rows(metrics_of({run: {} for run in MEASURED}, [4]), [4])
+    first, _ = tables.answer_sentences(claims.corrected_family(one))
+    assert first.startswith("Whether RL after SFT raises the SFT loss is not decided (+0.000 nats);")
+
+
+def test_what_the_correction_withdraws_is_said(rows):
+    """Or an interval beside zero would look like a mistake in the verdict."""
+    lost = rows[0] | {"verdict": OPEN, "p_value": 0.02, "p_holm": 0.08, "note": "but see"}
+    words = "p 0.02, but 0.08 after Holm's correction"
+    assert tables.claims_table([lost])["verdict"].tolist() == [f"inconclusive ({words}; but see)"]
+    assert f"; {words}; but see)." in tables.outcome_sentence(lost)
+    told = [lost, *rows[1:]]
+    assert f"is not decided (+0.150 nats [+0.100, +0.200]; {words}); whether it" in tables.answer_sentences(told)[0]
+    for changed in ({"verdict": REPRODUCED}, {"p_value": 0.06}, {"p_value": None, "p_holm": None}):
+        assert tables.withdrawn(lost | changed) == ""

@@ -229,11 +229,11 @@ def joint_answer(rows: list[ClaimRow]) -> str:
 
     def summary(letter: str, what: str) -> str:
         family = [row for row in rows if row["id"].startswith(f"{letter}-")]
-        best = max(family, key=lambda row: row["estimate"] or -math.inf)
+        best = max(family, key=lambda row: -math.inf if row["estimate"] is None else row["estimate"])
         better, worse = (sum(row["verdict"] == verdict for row in family) for verdict in ("confirmed", "refuted"))
         return (
-            f"{what}, {better} of {len(family)} joint runs are shown to be better and {worse} worse; the best is "
-            f"{best['id'].partition('-')[2]} with {interval_text(best['estimate'], best['ci95'])}"
+            f"{what}, {better} of {len(family)} joint runs are shown to be better and {worse} worse; the "
+            f"highest mean is {best['id'].partition('-')[2]}'s, {interval_text(best['estimate'], best['ci95'])}"
         )
 
     alike = [row["verdict"] == "confirmed" for row in rows if row["margin"] is not None]

@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from nondecoupling.analysis.claims import SIGNIFICANT
 from nondecoupling.analysis.collapse import is_collapsed
+from nondecoupling.analysis.geometry import alignment_sentence, duration_sentence, threshold_sentence
 from nondecoupling.analysis.measures import auroc, temperature_of_least_loss
 from nondecoupling.analysis.statistics import interval_text, shown
 from nondecoupling.study.contracts import ClaimRow, SweepEntry, TheoryFile
@@ -33,7 +35,8 @@ POLICY_COLUMNS = {
 def rows_of(rows: list[ClaimRow], families: str) -> list[ClaimRow]:
     """The rows of claims.json whose id begins with one of the letters ``families``.
 
-    A, B: the paper's claims; O: ours beside them; T: the theory's statements; K: controls; J: joint training.
+    A, B: the paper's claims; O: ours beside them; T: the theory's statements; K: controls; J: joint training;
+    G: geometry.
     """
     return [row for row in rows if row["id"][0] in families]
 
@@ -49,6 +52,19 @@ def theorems_and_tests(rows: list[ClaimRow]) -> tuple[list[ClaimRow], list[Claim
     return [row for row in theory if row["test"] == "exact"], [row for row in theory if row["test"] != "exact"]
 
 
+def withdrawn(row: ClaimRow) -> str:
+    """Why a claim is inconclusive whose own test is not: Holm's correction has withdrawn its verdict. Else empty."""
+    p, corrected = row["p_value"], row["p_holm"]
+    if row["verdict"] != "inconclusive" or p is None or corrected is None or not p < SIGNIFICANT <= corrected:
+        return ""
+    return f"p {p:.2g}, but {corrected:.2g} after Holm's correction"
+
+
+def remarks(row: ClaimRow) -> str:
+    """What there is to say beside a verdict."""
+    return "; ".join(filter(None, [withdrawn(row), row["note"]]))
+
+
 def outcome_sentence(row: ClaimRow) -> str:
     """What was found of a claim, in a sentence with its numbers; the words follow from the verdict."""
     margin = "" if row["margin"] is None else f" (±{row['margin']:g})"
@@ -57,30 +73,58 @@ def outcome_sentence(row: ClaimRow) -> str:
         return f"{claim}: not run ({row['note']})."
     found = f"{interval_text(row['estimate'], row['ci95'])}, {row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
     words = "these seeds do not decide it" if row["verdict"] == "inconclusive" else row["verdict"]
-    return f"{claim}: {words} ({'; '.join(filter(None, [found, row['note']]))})."
+    return f"{claim}: {words} ({'; '.join(filter(None, [found, remarks(row)]))})."
+
+
+def answer_clause(row: ClaimRow, found: str, ways: tuple[str, str], question: str, unit: str = "") -> str:
+    """What a verdict of the paper's claims says, and no more.
+
+    ``found`` takes one of ``ways``, that of *reproduced* or that of *not reproduced*, and how much it was, without the
+    sign that the way says already. Else it is the ``question``, that it is open, and the change with its sign.
+    """
+    if row["verdict"] == "not run":
+        return f"{question} was not measured"
+    decided = row["verdict"] in ("reproduced", "not reproduced")
+    bounds, digits = row["ci95"] or [], "z.3f" if decided else "+z.3f"
+    shown_bounds = sorted(map(abs, bounds)) if decided else bounds
+    mean = abs(row["estimate"] or 0.0) if decided else row["estimate"]
+    number, _, interval = interval_text(mean, shown_bounds, digits).partition(" ")
+    amount = " ".join(filter(None, [f"{number}{unit}", interval]))
+    if decided:
+        return found.format(ways[row["verdict"] == "not reproduced"], amount)
+    return f"{question} is not decided ({'; '.join(filter(None, [amount, withdrawn(row)]))})"
 
 
 def answer_sentences(rows: list[ClaimRow]) -> list[str]:
-    """What both experiments found, one sentence each; the verbs follow from the verdicts of A1, A2, B2 and B3."""
+    """What both experiments found, a sentence each, from the verdicts of A1, A2, B2 and B3."""
     row = {claim["id"]: claim for claim in rows}
-
-    def found(name: str, unit: str = "") -> str:
-        mean, _, interval = interval_text(row[name]["estimate"], row[name]["ci95"]).partition(" ")
-        return " ".join(filter(None, [f"{mean}{unit}", interval]))
-
-    def verb(name: str, up: str, down: str, unclear: str) -> str:
-        risen, fallen = (up, down) if name[0] == "A" else (down, up)
-        return {"reproduced": risen, "not reproduced": fallen}.get(row[name]["verdict"], unclear)
-
-    loss = verb("A1", "raised", "lowered", "may or may not have raised")
-    end = verb("A2", "above", "below", "about at")
-    sampled = verb("B2", "raised", "lowered", "may or may not have lowered")
-    greedy = verb("B3", "raised", "lowered", "may or may not have lowered")
-    return [
-        f"RL after SFT {loss} the SFT loss, by {found('A1', ' nats')}, to {end} the base model's ({found('A2')}).",
-        f"SFT after RL {sampled} the reward of sampled answers, by {found('B2')}, and {greedy} that of the likelier "
-        f"answer, by {found('B3')}.",
-    ]
+    rise = answer_clause(
+        row["A1"],
+        "RL after SFT {} the SFT loss by {}",
+        ("raised", "lowered"),
+        "whether RL after SFT raises the SFT loss",
+        " nats",
+    )
+    end = answer_clause(
+        row["A2"],
+        "it ends {1} {0} the base model's",
+        ("above", "below"),
+        "whether it ends above the base model's",
+        " nats",
+    )
+    sampled = answer_clause(
+        row["B2"],
+        "SFT after RL {} the reward of sampled answers by {}",
+        ("lowered", "raised"),
+        "whether SFT after RL lowers the reward of sampled answers",
+    )
+    greedy = answer_clause(
+        row["B3"],
+        "it {} that of the likelier answer by {}",
+        ("lowered", "raised"),
+        "whether it lowers that of the likelier answer",
+    )
+    return [f"{one[0].upper()}{one[1:]}; {two}." for one, two in ((rise, end), (sampled, greedy))]
 
 
 def outcomes(rows: list[ClaimRow]) -> str:
@@ -112,7 +156,7 @@ def claims_table(rows: list[ClaimRow]) -> pd.DataFrame:
             "own belief": interval_text(row["predicted_from_policies"], None),
             "measured [95 %]": interval_text(row["estimate"], row["ci95"]),
             "p, Holm": "-" if row["p_holm"] is None else f"{row['p_holm']:.2g}",
-            "verdict": row["verdict"] + (f" ({row['note']})" if row["note"] else ""),
+            "verdict": row["verdict"] + (f" ({remarks(row)})" if remarks(row) else ""),
         }
         for row in rows
     )
@@ -192,8 +236,8 @@ def theory_sentences(content: TheoryFile) -> list[str]:
     elif crossing:
         crossed = sum(beta is not None for beta in crossing["by_seed"])
         found.append(
-            f"RL after SFT ends at the base's SFT loss at β* = {shown(crossing['measured'], '.2f')}, in {crossed} of "
-            f"{len(crossing['by_seed'])} replications; below that β it ends above."
+            f"As β falls, RL after SFT comes to end above the base's SFT loss at β* = "
+            f"{shown(crossing['measured'], '.2f')}, in {crossed} of {len(crossing['by_seed'])} replications."
         )
     return found
 
@@ -207,16 +251,31 @@ def seconds_of(costs: pd.DataFrame) -> pd.Series:
 def cost_sentence(results: Results) -> str:
     """How long a replication takes, by group of the plan, and on what: mean over replications of one core's seconds."""
     seconds, shared = seconds_of(results.costs), results.provenance["shared"]
-    words = {"main": "both experiments", "controls": "controls and joint training", "sweep": "other betas"}
+    words = {
+        "main": "both experiments",
+        "controls": "controls and joint training",
+        "sweep": "other betas",
+        "geometry": "geometry",
+    }
     parts = []
     for group, what in words.items():
-        runs = [run.name for run in results.study.runs_of(group)]
+        runs = [run.name for run in results.study.runs if run.group == group]
         total = seconds[results.costs["run"].isin(runs)].sum()
         if total:
             parts.append(f"{total / len(results.seeds):.0f} s for {what}")
     machine = shared["gpu"] or f"one core ({shared['cpu'].partition(',')[0]})"
     took = f"On {machine} a replication took {', '.join(parts)}, besides the start of each notebook"
     return f"{took} (mean of {len(results.seeds)})."
+
+
+def runs_sentence(results: Results) -> str:
+    """How many of the plan's runs are finished, and how many policies collapsed."""
+    planned = sum(1 if run.once else len(results.seeds) for run in results.study.runs)
+    policies = results.final()
+    return (
+        f"{len(results.costs)} of {planned} runs of the plan finished, for {len(results.seeds)} seeds; "
+        f"{int(is_collapsed(policies).sum())} of {len(policies)} policies collapsed."
+    )
 
 
 # Tables in documents
@@ -240,7 +299,14 @@ def document_parts(results: Results) -> dict[str, str]:
         parts[f"{results.study.name}, controls"] = [*tables, policies_table(results, *others)]
     theory = "\n".join(f"* {sentence}" for sentence in theory_sentences(results.read("theory.json")))
     found = markdown_table(findings_table(rows_of(rows, "ABO")))
-    words = {"findings": f"{found}\n\n{theory}".strip(), "cost": cost_sentence(results)}
+    words = {
+        "findings": f"{found}\n\n{theory}".strip(),
+        "cost": cost_sentence(results),
+        "runs": runs_sentence(results),
+    }
+    if geometry := results.read("geometry.json"):
+        said = [duration_sentence(geometry), threshold_sentence(geometry), alignment_sentence(geometry)]
+        words["geometry"] = "\n\n".join([markdown_table(claims_table(geometry["claims"])), *filter(None, said)])
     return {name: "\n\n".join(map(markdown_table, tables)) for name, tables in parts.items()} | {
         f"{results.study.name}, {part}": text for part, text in words.items()
     }

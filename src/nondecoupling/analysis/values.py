@@ -4,6 +4,7 @@ import pandas as pd
 
 from nondecoupling.analysis.claims import GREEDY_UNCHANGED, by_seed, change_of, share_of_bound, values_of_claims
 from nondecoupling.analysis.controls import controls_of, joint_runs, values_of_controls, values_of_joint
+from nondecoupling.analysis.geometry import values_of_geometry
 from nondecoupling.analysis.measures import greedy_share, label_loss, label_reward
 from nondecoupling.study.plan import one_per_beta
 from nondecoupling.study.results import Results
@@ -19,6 +20,8 @@ def claim_values(results: Results) -> pd.DataFrame:
     for runs, values in ((of_controls, values_of_controls), (joint_runs(results.study), values_of_joint)):
         if results.has(*runs):
             found |= values(results)
+    if results.has(*(run.name for run in results.study.runs_of("geometry") if run.stage == "gradients")):
+        found |= values_of_geometry(results)
     tables = [pd.DataFrame({"claim": name, "seed": by.index, "value": by.to_numpy()}) for name, by in found.items()]
     return pd.concat(tables, ignore_index=True)
 

@@ -19,6 +19,7 @@ from nondecoupling.analysis.tables import (
     changes,
     claims_table,
     policies_table,
+    remarks,
     rows_of,
     seconds_of,
     states_table,
@@ -41,7 +42,7 @@ def claim_group(chosen: list[ClaimRow]) -> list[dict[str, Any]]:
         return []
     cells = claims_table(chosen).drop(columns="verdict").to_dict("records")
     return [
-        {"id": row["id"], "verdict": row["verdict"], "note": row["note"], "cells": record}
+        {"id": row["id"], "verdict": row["verdict"], "note": remarks(row), "cells": record}
         for row, record in zip(chosen, cells, strict=True)
     ]
 
@@ -109,6 +110,7 @@ def content_of(results: Results) -> dict[str, Any]:
         "amounts": claim_group(of_theory),
         "controls": claim_group(rows_of(rows, "K")),
         "joint": claim_group(rows_of(rows, "J")),
+        "geometry": claim_group(rows_of(rows, "G")),
         "states": states.to_dict("index"),
         "policies": policies_table(results, *STATES),
         "objections": OBJECTIONS,

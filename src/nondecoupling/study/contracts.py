@@ -217,6 +217,87 @@ class TheoryFile(TypedDict):
     crossing: Crossing | None  # None where the sweep was not run
 
 
+class PolicyGeometry(TypedDict):
+    """Gradients of one policy, means over seeds."""
+
+    policy: str
+    quantities: dict[str, OverSeeds]  # those of `training.gradients.summary`
+
+
+class PathPoint(TypedDict):
+    """One step of an ascent on the exact reward from the SFT policy: changes of loss and reward since its start."""
+
+    path: str  # plain or adam
+    step: int
+    tau: OverSeeds  # sum of the learning rates so far
+    loss: OverSeeds  # measured, on sentences that did not pay
+    reward: OverSeeds
+    loss_second: OverSeeds  # predicted at the start, to second order
+    reward_second: OverSeeds
+    loss_linear: OverSeeds  # predicted at the start, for log-odds that are linear in the weights
+    reward_linear: OverSeeds
+
+
+class Stop(TypedDict):
+    """Where to stop an ascent if a nat of SFT loss is worth ``rate`` of reward: the gain of J there."""
+
+    rate: float
+    measured: OverSeeds  # at the best step of the measured path
+    predicted: OverSeeds  # at the step that the second-order prediction calls best
+
+
+class Duration(TypedDict):
+    """How long RL may go on after SFT."""
+
+    points: list[PathPoint]
+    gain_of_rl: OverSeeds  # of J by `sft-rl`, on the sentences of the gradients
+    rise_by_rl: OverSeeds  # of L
+    free_stretch: OverSeeds  # tau0 = -2s/h, on which the loss is not above its start to second order; 0 where s > 0
+    seeds_with_a_free_stretch: int
+    free_share: OverSeeds | None  # of RL's gain, for 0.01 nats of loss; None where RL gained nothing
+    stops: list[Stop]
+
+
+class StartPoint(TypedDict):
+    """RL at one beta from one start: change of L, measured and predicted, and how far SFT had come."""
+
+    start: str
+    beta: float
+    distance: OverSeeds  # L - L* before RL
+    measured: OverSeeds
+    truth: OverSeeds  # predicted by the sign rule with the known q(x)
+    own_belief: OverSeeds  # predicted from the start, taken to be calibrated
+    refitted_belief: OverSeeds  # from the start after one temperature and one bias, fitted on other sentences
+
+
+class Zero(TypedDict):
+    """L - L* at which the change of L by RL at one beta turns from negative (further from L*) to positive."""
+
+    beta: float
+    measured: OverSeeds | None  # over the seeds in which it turns; None where it turns in none
+    truth: OverSeeds | None
+    own_belief: OverSeeds | None
+    refitted_belief: OverSeeds | None
+
+
+class Threshold(TypedDict):
+    """When RL helps SFT and when it hurts."""
+
+    points: list[StartPoint]
+    zeros: list[Zero]
+    zero_of_cosine: OverSeeds | None  # L - L* at which -grad L and grad J turn from agreeing to opposing
+
+
+class GeometryFile(TypedDict):
+    """geometry.json: how long, when, and along which directions RL after SFT costs SFT loss."""
+
+    policies: list[PolicyGeometry]  # along SFT, then what RL was part of
+    duration: Duration
+    threshold: Threshold | None  # None where RL was not begun between base and SFT
+    lojasiewicz: OverSeeds | None  # mu along SFT
+    claims: list[ClaimRow]
+
+
 class Score(TypedDict):
     """A row of score.json: one policy on the dev sentences, judged by this project and by lm-evaluation-harness."""
 

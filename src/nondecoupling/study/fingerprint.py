@@ -30,6 +30,8 @@ NOTEBOOK_OF = {
     "controls": "08_controls",
     "reward_model": "09_learnt_reward",
     "joint": "10_joint",
+    "gradients": "11_gradients",
+    "geometry": "12_geometry",
 }
 # Sections of the profile that decide a result, besides its parents.
 SECTIONS_OF = {
@@ -39,8 +41,10 @@ SECTIONS_OF = {
     "reward_model": ["data", "prompt", "model", "adaptation", "reward_model", "evaluation"],
     "rl": ["data", "prompt", "model", "adaptation", "rl", "evaluation"],
     "joint": ["data", "prompt", "model", "adaptation", "rl", "joint", "evaluation"],
+    "gradients": ["data", "prompt", "model", "adaptation", "rl", "gradients", "evaluation"],
     "theory": ["data", "rl"],
     "controls": ["data", "sft", "rl"],
+    "geometry": ["data", "sft", "rl"],
     "claims": ["data", "rl"],
 }
 

@@ -15,7 +15,7 @@ from nondecoupling.study.plan import Run
 from nondecoupling.study.study import Study
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-METRICS, TRAJECTORY, LOG, POLICY = "metrics.json", "trajectory.csv", "log.csv", "policy"
+METRICS, TRAJECTORY, LOG, POLICY, PATHS = "metrics.json", "trajectory.csv", "log.csv", "policy", "paths.csv"
 NOTEBOOK = "notebook.ipynb"  # as it was executed
 EXECUTED = "NONDECOUPLING_EXECUTED"  # environment variable of a kernel whose notebook make executes
 MEASURED = "measured.json"  # what a stage had measured at a checkpoint

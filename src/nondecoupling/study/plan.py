@@ -10,21 +10,29 @@ from typing import Any, Literal
 
 from nondecoupling.study.profile import Profile
 
-Group = Literal["main", "sweep", "controls"]
-MAKES: dict[Group, str] = {"main": "make reproduce", "sweep": "make betas", "controls": "make controls"}
-StageKind = Literal["data", "base", "sft", "rl", "joint", "reward_model"]
+Group = Literal["main", "sweep", "controls", "geometry"]
+MAKES: dict[Group, str] = {
+    "main": "make reproduce",
+    "sweep": "make betas",
+    "controls": "make controls",
+    "geometry": "make geometry",
+}
+StageKind = Literal["data", "base", "sft", "rl", "joint", "reward_model", "gradients"]
 
 # The policies of the two experiments, with their names for readers.
 NAMES = {"base": "base", "sft": "SFT", "sft-rl": "SFT → RL", "rl": "RL", "rl-sft": "RL → SFT"}
 STATES = list(NAMES)
 SEQUENTIAL = ("sft-rl", "rl-sft")  # what joint training is compared with
+FOLLOWED = "gradients-sft"  # the run that also follows ascents on the reward from its policy
 # What notebooks make of the tables, in the order in which they run, with the groups of runs that each reads.
 SUMMARIES: dict[str, tuple[Group, ...]] = {
     "theory": ("main", "sweep"),
     "controls": ("main", "controls"),
+    "geometry": ("main", "geometry"),
     "claims": ("main",),
 }
 WEIGHTS = (0.2, 0.5, 0.8)  # of the SFT loss in joint training
+SHARES = (10, 25, 50)  # per cent of SFT's steps after which RL begins, too
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Run:
     ``changes`` maps dotted settings to the values that make the run what it is. ``once``: it serves all seeds, as real
     data and a published model do. ``curve``: it is measured along its way and not only at both ends. ``proxy`` is the
     run whose reward model pays. ``half`` is the run that trains alike for half of the steps; ``instead`` says in words
-    what a run of the sweep changes besides beta and steps.
+    what a run of the sweep changes besides beta and steps. ``also`` is another group that it belongs to.
     """
 
     name: str
@@ -47,6 +55,7 @@ class Run:
     proxy: str | None = None
     half: str | None = None
     instead: str = ""
+    also: Group | None = None
 
     @property
     def parents(self) -> list[str]:
@@ -69,7 +78,7 @@ def plan(profile: Profile) -> list[Run]:
         Run("rl", "rl", "base"),
         Run("rl-sft", "sft", "rl"),  # experiment B: SFT after RL
     ]
-    return [*main, *sweep(profile), *controls(profile)]
+    return [*main, *sweep(profile), *controls(profile), *geometry(profile)]
 
 
 def rl_at(beta: float, name: str, steps: int, changes: dict[str, Any] | None = None, **more: Any) -> Run:
@@ -84,6 +93,7 @@ def sweep(profile: Profile) -> list[Run]:
     place, training has converged.
     """
     rl, betas, runs = profile.rl, profile.sweep.betas, []
+    compared = three_betas(profile)
     for beta in betas:
         name = f"sft-rl-b{beta:g}"
         if not profile.pretrains:
@@ -92,7 +102,7 @@ def sweep(profile: Profile) -> list[Run]:
             runs.append(rl_at(beta, name, 2 * rl.steps, half="sft-rl"))
         else:
             runs.append(rl_at(beta, name, 2 * rl.steps, half=f"{name}-half"))
-            runs.append(rl_at(beta, f"{name}-half", rl.steps))
+            runs.append(rl_at(beta, f"{name}-half", rl.steps, also="geometry" if beta in compared else None))
     if 1.0 in betas and profile.pretrains and rl.normalisation == "none":  # GRPO's own normalisation, all else equal
         grpo = {"rl.normalisation": "group", "rl.algorithm": "grpo"}
         words = "divided" if rl.algorithm == "grpo" else "grpo, divided"
@@ -139,4 +149,42 @@ def controls(profile: Profile) -> list[Run]:
         add(f"joint-m{weight}", "joint", "base", {"joint.weight": weight}, curve=True)
     # half of the updates each
     add("interleaved", "joint", "base", {"joint.phases": 5, "joint.steps": 2 * profile.joint.steps}, curve=True)
+    return runs
+
+
+def three_betas(profile: Profile) -> list[float]:
+    """The study's own beta between the next larger and the next smaller of the sweep, as far as there are such."""
+    own, others = profile.rl.beta, profile.sweep.betas
+    larger, smaller = ([beta for beta in others if beta > own], [beta for beta in others if beta < own])
+    return [*([min(larger)] if larger else []), own, *([max(smaller)] if smaller else [])]
+
+
+def starts(profile: Profile) -> dict[str, dict[float, str]]:
+    """From where RL begins to see when it raises the SFT loss: by policy, the run of RL at each of `three_betas`.
+
+    A start between base and SFT has had a share of SFT's steps, with a schedule of its own: what was stopped in the
+    middle of one would tell of its learning rate.
+    """
+    own, found = profile.rl.beta, {}
+    for start in ["base", *(f"sft-{share}" for share in SHARES), "sft"]:
+        known = {"base": "rl", "sft": "sft-rl"}.get(start)
+        names = {beta: f"{known or f'{start}-rl'}-b{beta:g}" for beta in three_betas(profile)}
+        if start == "sft":
+            names = {beta: f"{name}-half" for beta, name in names.items()}  # the sweep's, with as many steps
+        found[start] = names | ({own: known} if known else {})
+    return found
+
+
+def geometry(profile: Profile) -> list[Run]:
+    """Gradients of the policies of both experiments; and for an embedded model RL from starts between base and SFT."""
+    runs, measured = [], list(STATES)
+    if profile.pretrains:
+        for share in SHARES:
+            steps = {"sft.steps": max(1, round(profile.sft.steps * share / 100))}
+            runs.append(Run(f"sft-{share}", "sft", "base", steps, "geometry", curve=False))
+            measured.append(f"sft-{share}")
+        for start, names in starts(profile).items():
+            new = {beta: name for beta, name in names.items() if start != "sft" and name != "rl"}
+            runs += [Run(name, "rl", start, {"rl.beta": beta}, "geometry", curve=False) for beta, name in new.items()]
+    runs += [Run(f"gradients-{name}", "gradients", name, group="geometry", curve=False) for name in measured]
     return runs

@@ -271,6 +271,13 @@ class Sweep(Section):
         return self
 
 
+class Gradients(Section):
+    """Gradients of finished policies on ``sentences`` of dev, and ``path_steps`` of ascent on the exact reward."""
+
+    sentences: Annotated[int, Field(ge=4)]
+    path_steps: Count
+
+
 class Evaluation(Section):
     """How policies are measured: finished ones on ``splits``, those in training on ``along_size`` sentences of dev."""
 
@@ -302,6 +309,7 @@ class Profile(Section):
     joint: Joint
     reward_model: RewardModel
     sweep: Sweep
+    gradients: Gradients
     evaluation: Evaluation
 
     @property

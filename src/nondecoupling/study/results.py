@@ -4,7 +4,9 @@
 the metrics on dev along the stage. ``answers.parquet``: run, seed, sentence, label, source, truth (the grammar's
 verdict), agreement (probability of the likelier label; both missing where unknown), log p of both answers (nats),
 sampled and greedy answer, and a reward model's two scores, on dev. ``costs.csv``: run, seed, stage, steps, seconds,
-memory, commit. ``provenance.json``: `contracts.ProvenanceFile`.
+memory, commit. ``gradients.csv``: run, seed, policy and its geometry (`training.gradients.summary`); ``paths.csv``:
+run, seed and the ascents from its policy; both where `make geometry` was run. ``provenance.json``:
+`contracts.ProvenanceFile`.
 A run that serves all seeds has rows for each of them, so that runs can be paired.
 """
 
@@ -17,12 +19,14 @@ import pandas as pd
 
 from nondecoupling.study import folders
 from nondecoupling.study.contracts import ProvenanceFile, RunFile
-from nondecoupling.study.plan import MAKES, Run
+from nondecoupling.study.plan import FOLLOWED, MAKES, Run
 from nondecoupling.study.study import Study, study_of, validated
 
 METRICS, TRAJECTORIES, ANSWERS, COSTS = "metrics.csv", "trajectories.csv", "answers.parquet", "costs.csv"
+GRADIENTS, PATHS = "gradients.csv", "paths.csv"
 PROVENANCE = "provenance.json"  # written last
 TABLES = (METRICS, TRAJECTORIES, ANSWERS, COSTS, PROVENANCE)
+OPTIONAL = (GRADIENTS, PATHS)  # there where runs of that group are
 TRAINED = ("sft", "rl", "joint", "reward_model")  # stages that have a trajectory
 MEASURED = ("base", *TRAINED)
 OF_THE_STUDY = ("parameters", "chosen")  # entries of a run's provenance
@@ -41,6 +45,8 @@ class Results(NamedTuple):
     trajectories: pd.DataFrame
     answers: pd.DataFrame
     costs: pd.DataFrame
+    gradients: pd.DataFrame
+    paths: pd.DataFrame
     provenance: ProvenanceFile
 
     @property
@@ -60,12 +66,12 @@ class Results(NamedTuple):
 
     def has(self, *runs: str) -> bool:
         """Whether all of ``runs`` are in the tables."""
-        return set(runs) <= set(self.metrics["run"])
+        return set(runs) <= {*self.metrics["run"], *self.gradients["run"]}
 
     def final(self, *runs: str, split: str = "dev") -> pd.DataFrame:
         """Metrics of finished policies on ``split``, a row per run and seed, in the plan's order: all, or ``runs``."""
         table = self.metrics[self.metrics["split"] == split]
-        names = [run.name for run in self.study.runs if run.stage not in ("data", "reward_model")]
+        names = [run.name for run in self.study.runs if run.stage not in ("data", "reward_model", "gradients")]
         wanted = [name for name in names if name in (runs or names)]
         return pd.concat([table[table["run"] == name] for name in wanted], ignore_index=True)
 
@@ -111,9 +117,13 @@ def read_results(study: Study | None, folder: Path) -> Results:
         study = study_of(folder.name, validated(provenance["parameters"], where), provenance["chosen"])
     metrics, trajectories, costs = (pd.read_csv(folder / name) for name in (METRICS, TRAJECTORIES, COSTS))
     costs = costs.astype({"seed": "Int64"})  # runs that serve all seeds have none
+    gradients, paths = (
+        pd.read_csv(folder / name) if name in provenance["tables"] else pd.DataFrame(columns=["run", "seed"])
+        for name in OPTIONAL
+    )
     answers = pd.read_parquet(folder / ANSWERS)
     answers = answers.astype(dict.fromkeys(answers.select_dtypes("float32"), "float64"))
-    return Results(study, folder, metrics, trajectories, answers, costs, provenance)
+    return Results(study, folder, metrics, trajectories, answers, costs, gradients, paths, provenance)
 
 
 def results_to_read(study: Study, *runs: str) -> Results:
@@ -137,6 +147,10 @@ def write_results(results: Results) -> None:
     """Write the tables to their folder, each all at once, the provenance last."""
     results.folder.mkdir(parents=True, exist_ok=True)
     tables = {METRICS: results.metrics, TRAJECTORIES: results.trajectories, COSTS: results.costs}
+    optional = {GRADIENTS: results.gradients, PATHS: results.paths}
+    tables |= {name: table for name, table in optional.items() if len(table)}
+    for name in OPTIONAL:
+        (results.folder / name).unlink(missing_ok=True)
     for name, table in tables.items():
         folders.write_text(results.folder / name, table.to_csv(index=False))
     temporary = results.folder / f"{ANSWERS}.tmp"
@@ -151,7 +165,7 @@ def write_results(results: Results) -> None:
         column_encoding=dict.fromkeys(measured, "BYTE_STREAM_SPLIT"),
     )
     temporary.replace(results.folder / ANSWERS)
-    hashes = {name: folders.sha256(results.folder / name) for name in (METRICS, TRAJECTORIES, ANSWERS, COSTS)}
+    hashes = {name: folders.sha256(results.folder / name) for name in (*tables, ANSWERS)}
     folders.write_json(results.folder / PROVENANCE, {**results.provenance, "tables": hashes})
 
 
@@ -174,6 +188,14 @@ def collect(study: Study, seeds: list[int], groups: Collection[str]) -> Results:
         trajectories=stacked(study, root, records, TRAINED, lambda folder: pd.read_csv(folder / folders.TRAJECTORY)),
         answers=stacked(study, root, records, MEASURED, lambda folder: pd.read_parquet(folder / DEV_ANSWERS)),
         costs=costs_table(records),
+        gradients=gradients_table(records),
+        paths=stacked(
+            study,
+            root,
+            {key: record for key, record in records.items() if key[0] == FOLLOWED},
+            ["gradients"],
+            lambda folder: pd.read_csv(folder / folders.PATHS),
+        ),
         provenance=collected_provenance(study, root, seeds, records),
     )
 
@@ -193,9 +215,19 @@ def metrics_table(records: Records) -> pd.DataFrame:
     return pd.DataFrame(
         {"run": run, "seed": seed, "split": split, **values}
         for (run, seed), record in records.items()
-        if record["stage"] != "data"
+        if record["stage"] not in ("data", "gradients")
         for split, values in record["evaluation"].items()
     )
+
+
+def gradients_table(records: Records) -> pd.DataFrame:
+    """gradients.csv, from the contents of metrics.json by run and seed; ``policy`` is the run that was measured."""
+    rows = [
+        {"run": run, "seed": seed, "policy": record["parent"], **record["evaluation"]["dev"]}
+        for (run, seed), record in records.items()
+        if record["stage"] == "gradients"
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["run", "seed"])
 
 
 def stacked(
@@ -211,7 +243,7 @@ def stacked(
         for (run, seed), record in records.items()
         if record["stage"] in stages
     ]
-    table = pd.concat(tables, ignore_index=True)
+    table = pd.concat(tables or [pd.DataFrame(columns=["run", "seed"])], ignore_index=True)
     return table[["run", "seed", *[column for column in table if column not in ("run", "seed")]]]
 
 

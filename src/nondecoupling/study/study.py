@@ -38,7 +38,7 @@ class Study:
 
     def runs_of(self, *groups: str) -> list[Run]:
         """The plan's entries of some groups, parents before children."""
-        return [run for run in self.runs if run.group in groups]
+        return [run for run in self.runs if run.group in groups or run.also in groups]
 
     def settings_of(self, run: Run) -> Profile:
         """The profile with what ``run`` changes.

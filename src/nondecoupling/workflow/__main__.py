@@ -14,13 +14,15 @@ from nondecoupling.study.plan import SUMMARIES, Group
 from nondecoupling.study.results import collect, write_results
 from nondecoupling.study.study import Study, load_study, nearest, parse_overrides, parse_seeds
 from nondecoupling.workflow import graph, notebooks
-from nondecoupling.workflow.executor import alone, make_study
+from nondecoupling.workflow.carry import is_remote
+from nondecoupling.workflow.executor import alone, commands_of_runs, make_study
 
 STUDIES: dict[str, list[Group]] = {
     "reproduce": ["main"],
     "controls": ["main", "controls"],
     "betas": ["main", "sweep"],
-    "everything": ["main", "sweep", "controls"],
+    "geometry": ["main", "geometry"],
+    "everything": ["main", "sweep", "controls", "geometry"],
 }
 
 
@@ -32,10 +34,14 @@ class Arguments(argparse.Namespace):
 
     @property
     def words(self) -> list[str]:
-        """The command line's words for the same study, for processes that make its parts."""
+        """The command line's words for the same study, for processes that make its parts.
+
+        A worker elsewhere has for its run all that it may use.
+        """
         seeds = ",".join(map(str, self.seeds))
         known = {"profile": self.profile, "data": self.data, "model": self.model, "set": self.set, "seeds": seeds}
-        return [f"--{name}={value}" for name, value in {**known, "jobs": self.jobs}.items()]
+        jobs = 1 if is_remote(self.scheduler) else self.jobs
+        return [f"--{name}={value}" for name, value in {**known, "jobs": jobs}.items()]
 
 
 def run_study(args: Arguments) -> None:
@@ -45,7 +51,8 @@ def run_study(args: Arguments) -> None:
     if not args.target:
         from nondecoupling.analysis.tables import claims_table, rows_of
 
-        families = "ABOKJ" if "controls" in STUDIES[args.action] else "ABO"
+        groups = STUDIES[args.action]
+        families = "ABO" + "KJ" * ("controls" in groups) + "G" * ("geometry" in groups)
         table = claims_table(rows_of(folders.read_json(root / "claims.json"), families))
         print(table.drop(columns="p, Holm", errors="ignore").to_string(index=False))
         print(f"\nreport:  {root / 'report.html'}\nfigures: {root / 'figures'}\nclaims:  {root / 'claims.json'}")
@@ -81,6 +88,21 @@ def make_report(args: Arguments) -> None:
         print(path)
 
 
+def make_book(args: Arguments) -> None:
+    from nondecoupling.pages.book import build_book
+
+    print(build_book(folders.REPOSITORY / "book"))
+
+
+def list_runs(args: Arguments) -> None:
+    """The study as a grid, or as commands for the runs that are not finished."""
+    if args.format == "commands":
+        lines = commands_of_runs(args.study, args.seeds, args.words)
+    else:
+        lines = graph.status_lines(args.study, args.seeds)
+    print("\n".join(lines))
+
+
 def verify(args: Arguments) -> None:
     from nondecoupling.workflow import reference
 
@@ -106,6 +128,12 @@ def score(args: Arguments) -> None:
     write_scores(args.study, args.seeds)
 
 
+def open_lab(args: Arguments) -> None:
+    from nondecoupling.workflow.lab import open_lab
+
+    open_lab()
+
+
 def make_smollm2(args: Arguments) -> None:
     from nondecoupling.task import smollm2
 
@@ -124,12 +152,14 @@ ACTIONS: dict[str, Callable[[Arguments], None]] = {
     "run": run_part,
     "tables": make_tables,
     "report": make_report,
-    "list": lambda args: print("\n".join(graph.status_lines(args.study, args.seeds))),
+    "book": make_book,
+    "list": list_runs,
     "verify": verify,
     "reference": make_reference,
     "notebooks": lambda args: notebooks.renew_committed(args.study),
     "bench": bench,
     "score": score,
+    "lab": open_lab,
     "smollm2": make_smollm2,
     "clean": clean,
 }
@@ -153,13 +183,14 @@ def parse(arguments: Sequence[str] | None) -> Arguments:
     """The command line; ValueError with one sentence about its first fault."""
     parser = Parser(prog="python -m nondecoupling.workflow", description=__doc__)
     parser.add_argument("action", help=", ".join(ACTIONS))
-    parser.add_argument("--profile", default="nano")
+    parser.add_argument("--profile", default="", help="nano if not given")
     parser.add_argument("--data", default="", help="folder of CoLA's TSV files")
     parser.add_argument("--model", default="", help="folder of a causal LM")
     parser.add_argument("--set", default="", help='overrides, e.g. "rl.beta=0.25 sft.steps=100"')
     parser.add_argument("--seeds", default="", help="0-4 or 0,3,7; default: the profile's")
     parser.add_argument("--jobs", type=jobs, default=1, help="runs side by side")
-    parser.add_argument("--scheduler", default="", help="a Dask cluster instead of this machine: local, or an address")
+    parser.add_argument("--scheduler", default="", help="a Dask cluster: local, its address, or its scheduler file")
+    parser.add_argument("--format", default="grid", choices=["grid", "commands"], help="of `list`")
     parser.add_argument("--target", default="", help="one result file instead of the whole study")
     parser.add_argument("--run", default="", help="the run, or the summary, that `run` executes")
     parser.add_argument("--seed", type=int, default=0)
@@ -168,6 +199,9 @@ def parse(arguments: Sequence[str] | None) -> Arguments:
     args = parser.parse_args(arguments, namespace=Arguments())
     if args.action not in ACTIONS:
         raise ValueError(f"There is no action '{args.action}'{nearest(args.action, list(ACTIONS))}.")
+    if is_remote(args.scheduler) and not args.profile:
+        raise ValueError("A cluster is asked for a study by its name: PROFILE=nano, laptop or paper with SCHEDULER=.")
+    args.profile = args.profile or "nano"
     args.study = load_study(args.profile, args.data, args.model, parse_overrides(args.set))
     args.seeds = parse_seeds(args.seeds or args.study.profile.seeds)
     args.data, args.model = (str(Path(folder).resolve()) if folder else "" for folder in (args.data, args.model))

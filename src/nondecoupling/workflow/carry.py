@@ -21,9 +21,10 @@ from nondecoupling.study import folders
 from nondecoupling.study.fingerprint import NOTEBOOKS, PACKAGE
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future
 
 CONNECT_SECONDS = 5
+LOOK_SECONDS = 30  # how often it is looked whether any worker is left
 # Dask sets these in its workers' processes; a command gets them from whoever asked for the study, as under make.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # A terminal sends Ctrl-C to workers on this machine, too, but only the study has something to say then.
@@ -33,11 +34,12 @@ running: dict[int, list[str]] = {}  # in a worker: the process groups that it ru
 
 
 class Ended(NamedTuple):
-    """How a command ended, and what it printed."""
+    """How a command ended, and what it printed; ``refused`` is the worker that has other files and did not begin it."""
 
     status: int
     printed: str
     complaints: str
+    refused: str = ""
 
 
 @contextmanager
@@ -62,27 +64,48 @@ def silence() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+def is_remote(scheduler: str) -> bool:
+    """Whether a study goes to a cluster that runs already: by its address, or by the file that its scheduler wrote."""
+    return "://" in scheduler or Path(scheduler).is_file()
+
+
+def address_of(scheduler: str) -> str:
+    """The address that SCHEDULER is, or that the file of that name holds (``dask scheduler --scheduler-file``)."""
+    if "://" in scheduler:
+        return scheduler
+    if not Path(scheduler).is_file():
+        raise ValueError(
+            f"SCHEDULER is '{scheduler}', but must be local, an address such as tcp://host:8786, or a scheduler file."
+        )
+    try:
+        return str(folders.read_json(Path(scheduler))["address"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"SCHEDULER is {scheduler}, which is no scheduler file: it names no address.") from None
+
+
 def connect(address: str) -> "Client":
-    """A client of the scheduler at ``address``, which must have a worker; ConnectionError where that cannot be."""
+    """A client of the scheduler at ``address``; ConnectionError where none answers."""
     from distributed import Client
 
     silence()
-    if "://" not in address:
-        raise ValueError(f"SCHEDULER is '{address}', but must be local or an address such as tcp://host:8786.")
     try:
-        client = Client(address, timeout=CONNECT_SECONDS)
+        return Client(address, timeout=CONNECT_SECONDS)
     except OSError:
         raise ConnectionError(
             f"no Dask scheduler answers at {address}; start one there (dask scheduler), or use SCHEDULER=local."
         ) from None
-    try:
-        client.wait_for_workers(1, timeout=CONNECT_SECONDS)
-    except TimeoutError:
-        client.close()
-        raise ConnectionError(
-            f"the scheduler at {address} has no workers; start some: dask worker {address} --nthreads 1"
-        ) from None
-    return client
+
+
+def wait_for_a_worker(address: str) -> None:
+    """Return when the scheduler at ``address`` has a worker; prints a line if that is not at once."""
+    with connect(address) as client:
+        if not client.nthreads():
+            print(
+                f"the scheduler at {address} has no workers; waiting for the first, which may be in a batch system's "
+                f"queue (to start one: dask worker {address} --nthreads 1)",
+                flush=True,
+            )
+            client.wait_for_workers(1)
 
 
 def deciding_files() -> list[Path]:
@@ -94,6 +117,7 @@ def deciding_files() -> list[Path]:
 def carry(address: str, command: list[str], shared: Path) -> int:
     """Run ``command`` on a worker that has this code and the folder ``shared``; returns its exit status.
 
+    A worker that has not is sent away where there are others, or it would soon have refused every run of a study.
     Raises ConnectionError if the cluster cannot be used or is lost, RuntimeError if every worker that ran it died.
     """
     from distributed import KilledWorker
@@ -107,15 +131,23 @@ def carry(address: str, command: list[str], shared: Path) -> int:
         token.flush()
         expected = {str(path): folders.sha256(path) for path in (Path(token.name).resolve(), *deciding_files())}
         client.run(stop, command)  # of a make that ended without a word while its command went on
-        future = client.submit(run_command, command, expected, passed_on, str(Path.cwd()), pure=False)
         try:
-            ended: Ended = future.result()
+            while True:
+                future = client.submit(run_command, command, expected, passed_on, str(Path.cwd()), pure=False)
+                ended = outcome(client, future)
+                if not ended.refused or not set(client.nthreads()) - {ended.refused}:
+                    break
+                print(f"{ended.complaints.strip()} It is sent away, and the run goes to another.", file=sys.stderr)
+                client.retire_workers([ended.refused], close_workers=True)
         except KeyboardInterrupt:
             client.run(stop, command)
             raise
         except KilledWorker:
-            raise RuntimeError("every worker that ran it died, most likely for want of memory") from None
-        except FutureCancelledError:
+            raise RuntimeError(
+                "every worker that ran it died, for want of memory or at the end of its time; the same command goes on "
+                "from the run's last checkpoint, on workers that have more."
+            ) from None
+        except (FutureCancelledError, OSError):
             raise ConnectionError(
                 "the scheduler is gone, and with it what its workers were executing; what is finished is kept, and the "
                 "same command goes on from there with another one."
@@ -123,6 +155,18 @@ def carry(address: str, command: list[str], shared: Path) -> int:
     print(ended.printed, end="", flush=True)
     print(ended.complaints, end="", file=sys.stderr, flush=True)
     return ended.status
+
+
+def outcome(client: "Client", future: "Future") -> Ended:
+    """How the command ended on its worker; prints a line where all workers are gone and new ones are waited for."""
+    said = False
+    while True:
+        try:
+            return future.result(timeout=LOOK_SECONDS)
+        except TimeoutError:
+            if not said and not client.nthreads():
+                print("no worker is left; waiting for another", file=sys.stderr, flush=True)
+                said = True
 
 
 # What workers do
@@ -142,7 +186,7 @@ def run_command(command: list[str], expected: dict[str, str], environment: dict[
                 f"error: worker {get_worker().address} has no {path}, or another; workers need this checkout and its "
                 f"results folder at the same paths.\n"
             )
-            return Ended(1, "", complaint)
+            return Ended(1, "", complaint, get_worker().address)
     inherited = {name: value for name, value in os.environ.items() if name not in THREADS}
     end, open_while_alive = os.pipe()
     try:

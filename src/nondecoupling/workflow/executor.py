@@ -21,6 +21,7 @@ from nondecoupling.study.study import Study, load_profile, parse_seeds
 from nondecoupling.task import corpus, grammar, hub
 from nondecoupling.workflow import carry, kernels
 from nondecoupling.workflow.graph import (
+    GROUPS,
     REPORT,
     TABLES,
     Part,
@@ -40,13 +41,29 @@ def write_rules(root: Path, parts: list[Part], words: Sequence[str]) -> Path:
     targets = " ".join(part.target for part in parts)  # each appears whole, and is not to be removed by make
     lines = ["CARRY =", f".PRECIOUS: {targets}", f"study: {parts[-1].target}"]
     for part in parts:
-        action = [part.name] if part.name in (TABLES, REPORT) else ["run", "--run", part.name]
-        seed = [] if part.seed is None else ["--seed", str(part.seed)]
-        command = shlex.join([sys.executable, "-m", "nondecoupling.workflow", *action, *seed, *words])
+        command = command_of(part, words)
         needs = " ".join([part.settings, *part.needs, *(["|", *part.after] if part.after else [])])
         lines += ["", f"{part.target}: {needs}", f"\t@$(CARRY) {command.replace('$', '$$')}"]
     folders.write_text(root / RULES, "\n".join(lines) + "\n")
     return root / RULES
+
+
+def command_of(part: Part, words: Sequence[str]) -> str:
+    """The shell command that makes ``part``; ``words`` are the command line's for the study."""
+    action = [part.name] if part.name in (TABLES, REPORT) else ["run", "--run", part.name]
+    seed = [] if part.seed is None else ["--seed", str(part.seed)]
+    return shlex.join([sys.executable, "-m", "nondecoupling.workflow", *action, *seed, *words])
+
+
+def commands_of_runs(study: Study, seeds: list[int], words: Sequence[str]) -> list[str]:
+    """A shell command for each run that make would execute, after those that it needs; its group is a comment.
+
+    For a batch system that calls no make. Settings files are written as make's, so that make finds the runs finished.
+    """
+    parts = [part for part in parts_of(study, seeds, GROUPS) if part.target.endswith(folders.METRICS)]
+    write_settings(study, parts, seeds, GROUPS)
+    stale = stale_parts(folders.study_folder(study), parts)
+    return [f"{command_of(part, words)}  # {study.run(part.name).group}" for part in stale]
 
 
 def make_study(
@@ -73,17 +90,20 @@ def make_study(
         fetch_inputs(study)
         wanted = [part for part in needed_by(goal, parts) if part.name not in (TABLES, REPORT)]
         notebooks = [part for part in stale_parts(root, parts) if part in wanted]
-        how = f"by {scheduler}" if "://" in scheduler else f"{jobs} at a time"
+        how = f"by {scheduler}" if carry.is_remote(scheduler) else f"{jobs} at a time"
         print(f"study '{study.name}': {len(notebooks)} of {len(wanted)} notebooks to execute, {how}", flush=True)
         mention_gpu(study)
-        quiet_environment(study, jobs)  # as in the recipes
+        if scheduler in ("", "local"):
+            quiet_environment(study, jobs)  # as in the recipes; those on other machines see to it themselves
         with (
-            carry.local_scheduler(jobs) if scheduler == "local" else nullcontext(scheduler) as address,
+            carry.local_scheduler(jobs)
+            if scheduler == "local"
+            else nullcontext(scheduler and carry.address_of(scheduler)) as address,
             kernels.warm_kernels() if notebooks and not scheduler else nullcontext(),
         ):
             command = ["make", "--no-print-directory", "-C", str(root), f"-j{jobs}", "-f", rules.name, goal]
             if address:
-                carry.connect(address).close()  # or one sentence, before anything is begun
+                carry.wait_for_a_worker(address)  # or one sentence, before anything is begun
                 launcher = shlex.join([sys.executable, "-m", "nondecoupling.workflow.carry", address])
                 command += [
                     "--keep-going",

@@ -14,7 +14,7 @@ from nondecoupling.study.fingerprint import PACKAGE, code_hashes, fingerprint, k
 from nondecoupling.study.plan import MAKES, SUMMARIES, Group
 from nondecoupling.study.study import Study
 
-GROUPS: tuple[Group, ...] = ("main", "sweep", "controls")
+GROUPS: tuple[Group, ...] = ("main", "sweep", "controls", "geometry")
 TABLES, REPORT = "tables", "report"  # parts that no notebook makes
 # Code that makes them; paths of the package.
 CODE_OF = {
@@ -76,11 +76,11 @@ def parts_of(study: Study, seeds: list[int], groups: Collection[str]) -> list[Pa
     tables = Part(TABLES, None, results.PROVENANCE, [part.target for part in runs], [])
     parts = [*runs, tables]
     for name, read in SUMMARIES.items():
-        if name in groups or name != "controls":
+        if name in groups or name not in GROUPS:
             read_runs = {run.name for run in study.runs_of(*read)}
             needs = [part.target for part in runs if part.name in read_runs]  # one seed after the other, as make goes
             if name == "claims":
-                needs += [part.target for part in parts if part.name in ("theory", "controls")]
+                needs += [part.target for part in parts if part.name in SUMMARIES]
             parts.append(Part(name, None, f"{name}.json", needs, [tables.target]))
     return [*parts, Part(REPORT, None, "report.html", ["claims.json"], [])]
 

@@ -104,13 +104,15 @@ def quiet_environment(study: Study, jobs: int) -> None:
     """Make this process's environment, which kernels inherit, the study's own.
 
     How kernels start, no progress bars in captured output, no configuration of the user's, and a fixed number of
-    threads: the embedded model is too small for more than one; others share the cores that the process may use among
-    ``jobs`` runs. Two runs side by side that each start a thread per core slow each other down tenfold.
+    threads: the embedded model is too small for more than one; others have OMP_NUM_THREADS if the user set it, or share
+    the cores that the process may use among ``jobs`` runs. Two runs side by side that each start a thread per core slow
+    each other down tenfold.
     """
     for name in [name for name in os.environ if FOREIGN.fullmatch(name)]:
         del os.environ[name]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = "1" if study.profile.pretrains else str(max(1, cores // jobs))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // jobs))
+    if study.profile.pretrains:
+        threads = "1"
     os.environ |= {
         "JUPYTER_PATH": str(JUPYTER_PATH),
         "IPYTHONDIR": empty_folder(),
@@ -122,6 +124,13 @@ def quiet_environment(study: Study, jobs: int) -> None:
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads),
         "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and importing the compiler takes a second
     }
+
+
+def usable_cores() -> int:
+    """How many cores this process may use: a batch system gives a job a part of its node's, and may not enforce it."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked_for = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(allowed, int(asked_for)) if asked_for.isdecimal() else allowed
 
 
 @cache

@@ -1,0 +1,40 @@
+"""The sources of the book: what is in it, and what stops its being built."""
+
+import pytest
+
+from nondecoupling.pages import book
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A small repository."""
+    texts = {
+        "README.md": "# Home\n\n[a](docs/a.md), the [report](results/reference/x/report.html)\n",
+        "CONTRIBUTING.md": "# How\n",
+        "docs/a.md": "# A\n\n[home](../README.md), [all](../results)\n",
+        "notebooks/1.ipynb": '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}',
+        "results/reference/x/report.html": "<p>report</p>",
+    }
+    for name, text in texts.items():
+        book.write(tmp_path / "home" / name, text)
+    monkeypatch.setattr(book.folders, "REPOSITORY", tmp_path / "home")
+    return tmp_path / "home"
+
+
+def test_everything_is_in_the_contents_and_links_lead_to_pages(home, tmp_path):
+    (home / "docs" / "new.md").write_text("# New\n")
+    book.write_sources(tmp_path)
+    index = (tmp_path / "index.md").read_text()
+    listed = [line for line in index.splitlines() if "/" in line and "[" not in line]
+    assert listed == ["notebooks/1", "reports/x", "docs/a", "docs/new"]
+    assert "the [report](reports/x.md)" in index
+    assert (tmp_path / "docs" / "a.md").read_text() == "# A\n\n[home](../index.md), all\n"
+
+
+def test_a_link_to_nothing_is_named_and_what_was_built_is_kept(home, tmp_path):
+    pytest.importorskip("myst_nb", reason="the book's builder is not installed: .[book]")
+    book.write(tmp_path / "built" / "index.html", "old")
+    (home / "docs" / "a.md").write_text("# A\n\n[it](gone.md)\n")
+    with pytest.raises(RuntimeError, match=r"docs/a\.md:3: .*gone\.md"):
+        book.build_book(tmp_path / "built")
+    assert (tmp_path / "built" / "index.html").read_text() == "old"
