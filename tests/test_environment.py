@@ -44,7 +44,7 @@ def test_lock_pins_every_line_once_and_names_no_host():
 
 
 BINDER = REPOSITORY / "binder" / "requirements.txt"
-READERS = ("05_claims", "06_theory", "07_predictions", "08_controls", "explore")
+READERS = ("00_tour", "05_claims", "06_theory", "07_predictions", "08_controls", "12_geometry", "explore")
 # Runs notebooks one after the other in a process that can import what the list brings, and nothing else of this one's.
 READ = """
 import importlib.abc, json, re, sys

@@ -170,6 +170,15 @@ def label_points(axes: Axes, points: dict[str, tuple[float, float, Any]]) -> Non
         )
 
 
+def title_of_story(loss: pd.Series) -> str:
+    """Whether the last stage decides where a policy ends, by the mean losses of the policies of both experiments."""
+    ends_alike = max(abs(loss["rl-sft"] - loss["sft"]), abs(loss["sft-rl"] - loss["rl"]))
+    apart = abs(min(loss["rl"], loss["sft-rl"]) - max(loss["sft"], loss["rl-sft"]))
+    if ends_alike < apart:
+        return "Whatever comes last decides where on the way from calibrated to sharp"
+    return "Where each order of stages ends, between calibrated and sharp"
+
+
 def draw_story(results: Results) -> Figure:
     """The whole story in one plane: every policy by its SFT loss and its reward, with the edges that bound them.
 
@@ -216,9 +225,7 @@ def draw_story(results: Results) -> Figure:
     highest = levels.groupby("run")["loss"].mean().max()
     axes.set(xlim=(levels["loss"].min() - 0.03, highest + 0.08), ylim=(levels["reward"].min() - 0.05, None))
     axes.set(xlabel="SFT loss on dev, nats (left is better)", ylabel="reward of sampled answers (up is better)")
-    axes.set_title(
-        "Whatever comes last decides where on the way from calibrated to sharp", loc="left", weight="bold", fontsize=11
-    )
+    axes.set_title(title_of_story(levels.groupby("run")["loss"].mean()), loc="left", weight="bold", fontsize=11)
     known = edge.iloc[(edge["sft_loss"] - axes.get_xlim()[1]).abs().argmin()] if q is not None else None
     if known is not None:
         labels["knows the truth"] = known["sft_loss"], known["reward"], "0.45"
