@@ -40,7 +40,7 @@ SETTINGS = {
     "html_show_sphinx": False,
 }
 # What pages link to besides each other: a reader gets a copy of such a file.
-LINKED = ("results", "src", "tests", "CITATION.cff")
+LINKED = ("results", "src", "tests", "CITATION.cff", "Dockerfile")
 # Where pages of the book stand for what the repository has in their places.
 PLACES = {r"\.\./README\.md": "../index.md", r"results/reference/([\w-]+)/report\.html": rf"{REPORTS}/\1.md"}
 
