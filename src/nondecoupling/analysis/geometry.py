@@ -43,6 +43,7 @@ from nondecoupling.study.study import Study
 
 FREE = 0.01  # nats of SFT loss that nobody would miss
 EARLY = 0.05  # nats of rise, by the second-order prediction, at which it is judged
+VACUOUS = 0.99  # a bound on a cosine from which on it says nothing
 RATES = np.geomspace(0.3, 10, 40)  # exchange rates: what a nat of SFT loss is worth, in reward
 ALONG_SFT = ("base", *(f"sft-{share}" for share in SHARES), "sft")
 PATHS = {"plain": "gradient ascent", "adam": "Adam"}
@@ -418,10 +419,7 @@ def alignment_sentence(content: GeometryFile) -> str:
         if "cosine_split" in found.get(policy, {})
     )
     bounds = [quantities["bound"]["mean"] for quantities in found.values()]
-    says = sum(bound < 1 for bound in bounds)
-    vacuous = (
-        "is vacuous for all policies (1 or more)"
-        if not says
-        else f"says something (below 1) for {says} of {len(bounds)}"
-    )
-    return f"The cosine of -∇L and ∇J is {cosines}. The bound by spectral concentration {vacuous}."
+    says = sum(bound < VACUOUS for bound in bounds)
+    some = f"says something (is below {VACUOUS:g}) for {says} of {len(bounds)} policies"
+    vacuous = f"is vacuous for all policies ({VACUOUS:g} or more)"
+    return f"The cosine of -∇L and ∇J is {cosines}. The bound by spectral concentration {some if says else vacuous}."

@@ -25,6 +25,7 @@ from nondecoupling.study.plan import NAMES, WEIGHTS
 from nondecoupling.study.results import Results
 
 SFT, RL = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[3]  # the two gradients
+LABEL_GAP = 0.05  # of the height of the axes
 STORY = {"sft-rl-sft": "SFT → RL → SFT", "interleaved": "by turns"} | {
     f"joint-m{w}": f"joint, μ = {w}" for w in WEIGHTS
 }
@@ -59,13 +60,14 @@ def draw_duration(duration: Duration) -> Figure:
     gain, rise = duration["gain_of_rl"], duration["rise_by_rl"]
     draw_mean(axes, gain["mean"], rise, color=COLOURS["sft-rl"], marker="*", markersize=14)
     axes.annotate(
-        "where GRPO ends", (gain["mean"], rise["mean"]), (-12, -4), textcoords="offset points", ha="right", fontsize=9
+        "where GRPO ends", (gain["mean"], rise["mean"]), (10, -4), textcoords="offset points", ha="left", fontsize=9
     )
     axes.axhline(FREE, color="0.6", linewidth=1, linestyle=":")
     share = duration["free_share"]
     said = f"{share['mean']:.0%} of RL's gain" if share else "None of RL's gain, for RL gained nothing,"
     axes.set_title(f"{said} costs less than {FREE:g} nats", loc="left", weight="bold")
     axes.set(xlabel="gain of reward since SFT", ylabel="rise of the SFT loss, nats")
+    axes.set_xlim(right=1.25 * max(points["reward"].max(), gain["mean"]))
     label_ends(axes, ends)
     return figure
 
@@ -101,7 +103,7 @@ def draw_threshold(threshold: Threshold) -> Figure:
             color="0.35",
         )
     axes.tick_params(axis="x", pad=14)
-    axes.set_title(title_of_threshold(threshold), loc="left", weight="bold", fontsize=11)
+    axes.set_title(title_of_threshold(threshold), loc="left", weight="bold", fontsize=11, pad=20)
     axes.text(0, 1.01, "line: measured, 95 % intervals; dashed: predicted by refitted belief", fontsize=9, color="0.35",
               transform=axes.transAxes)  # fmt: skip
     axes.set(xlabel="L - L* where RL begins, nats (SFT goes to the right)", ylabel="change of the SFT loss by RL, nats")
@@ -153,20 +155,23 @@ def draw_alignment(policies: list[PolicyGeometry]) -> Figure:
 
 def label_points(axes: Axes, points: dict[str, tuple[float, float, Any]]) -> None:
     """Names of points (x, y, colour) in a column at the right, each with a thin line to its point. Call it last."""
-    free = -np.inf
-    for text, (x, y, colour) in sorted(points.items(), key=lambda item: item[1][1]):
-        place = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]
-        free = max(place, free + 0.055)
+    names = sorted(points, key=lambda name: points[name][1])
+    to_axes = axes.transAxes.inverted().transform
+    wanted = np.array([to_axes(axes.transData.transform(points[name][:2]))[1] for name in names])
+    steps = LABEL_GAP * np.arange(len(names))
+    upwards, downwards = np.maximum.accumulate(wanted - steps), np.minimum.accumulate((wanted - steps)[::-1])[::-1]
+    for name, place in zip(names, (upwards + downwards) / 2 + steps, strict=True):  # the mean of both keeps the gap
+        x, y, colour = points[name]
+        line = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.6}
         axes.annotate(
-            text,
+            name,
             (x, y),
-            (1.03, free),
-            xycoords="data",
+            (1.03, place),
             textcoords="axes fraction",
             color=colour,
             va="center",
             fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6},
+            arrowprops=line,
         )
 
 
