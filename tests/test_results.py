@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from pydantic import TypeAdapter
 
-from nondecoupling.analysis import claims, controls, measures
+from nondecoupling.analysis import claims, controls, geometry, measures
 from nondecoupling.study import contracts, folders, results
 from nondecoupling.study.study import load_study
 
@@ -222,6 +222,7 @@ def test_committed_files_keep_their_contracts(reference):
         "controls.json": list[contracts.ClaimRow],
         "theory.json": contracts.TheoryFile,
         "provenance.json": contracts.ProvenanceFile,
+        "geometry.json": contracts.GeometryFile,
         "score.json": list[contracts.Score],
     }
     for name, kind in files.items():
@@ -267,6 +268,7 @@ def test_committed_claims_follow_from_the_committed_tables(reference):
         rows += controls.judge_controls(found, rows) + controls.judge_joint(found)
     else:
         rows += controls.controls_not_run(found.study)
+    rows += geometry.judge_geometry(found) if len(found.gradients) else geometry.geometry_not_run(found.study)
     assert [row["id"] for row in rows] == [row["id"] for row in stored]
     for fresh, old in zip(rows, stored, strict=True):
         for key, value in fresh.items():
@@ -277,7 +279,7 @@ def test_committed_claims_follow_from_the_committed_tables(reference):
 
 def test_a_committed_reference_is_small_and_names_no_machines_path(reference):
     files = [path for path in reference.rglob("*") if path.is_file() and "policy" not in path.parts]
-    assert len(files) < 28
+    assert len(files) < 36
     assert sum(path.stat().st_size for path in files) < 12e6
     for path in {*reference.rglob("*.json")} - {*reference.rglob("tokenizer*.json")}:
         text = path.read_text(encoding="utf-8")
