@@ -40,7 +40,7 @@ def test_what_a_run_changes_is_in_its_fingerprint(profile):
         ({"prompt.max_new_tokens": 3}, {"base", "sft", "sft-rl", "joint-m0.2", "reward-model"}),  # answers are cut
         ({"model.dtype": "bfloat16"}, {"base", "sft", "sft-rl", "joint-m0.2", "reward-model"}),
         ({"joint.learning_rate": 0.1}, {"joint-m0.2"}),
-        ({"rl.beta": 9.0}, {"sft-rl", "joint-m0.2", "theory", "controls", "claims"}),
+        ({"rl.beta": 9.0}, {"sft-rl", "joint-m0.2", *SUMMARIES}),
         ({"data.disagreement": 0.2}, {"data", "base", "sft", "sft-rl", "joint-m0.2", "reward-model", *SUMMARIES}),
         ({"evaluation.train_size": 5}, {"base", "sft", "sft-rl", "joint-m0.2", "reward-model"}),
     ],

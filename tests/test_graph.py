@@ -72,7 +72,8 @@ def test_summaries_wait_for_the_runs_they_read_and_the_report_for_the_claims(gro
     study = load_study("nano")
     parts = graph.parts_of(study, [0, 1], groups)
     by_name = {part.name: part for part in parts if part.seed is None}
-    assert ("controls" in by_name) == ("controls" in groups)
+    for group in ("controls", "geometry"):
+        assert (group in by_name) == (group in groups)
     for summary, read in SUMMARIES.items():
         runs = {run.name for run in study.runs_of(*set(groups).intersection(read))}
         if summary in by_name:
@@ -80,7 +81,7 @@ def test_summaries_wait_for_the_runs_they_read_and_the_report_for_the_claims(gro
             assert needed == {part.target for part in parts if part.name in runs}
             assert by_name[summary].after == ["provenance.json"]  # the tables that it reads
     others = {need for need in by_name["claims"].needs if not need.endswith(folders.METRICS)}
-    assert others == ({"theory.json", "controls.json"} if "controls" in groups else {"theory.json"})
+    assert others == {"theory.json", *(f"{group}.json" for group in ("controls", "geometry") if group in groups)}
     assert by_name["report"].needs == ["claims.json"]
 
 

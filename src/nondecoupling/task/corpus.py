@@ -171,7 +171,7 @@ def read_file(path: Path, columns: Columns = USUAL) -> pd.DataFrame:
         shape = "source, label 0 or 1, mark, sentence"
     else:
         first, shape = 2, f"{len(header)} cells as in its header"
-    needed = [columns.sentence, columns.label, *([columns.source] if "source" in columns.model_fields_set else [])]
+    needed = [columns.sentence, columns.label, *([columns.source] if columns.source != USUAL.source else [])]
     if any(header.count(name) != 1 for name in needed):
         separated = {".tsv": ", separated by a tab", ".csv": ", separated by a comma"}.get(path.suffix, "")
         raise ValueError(
