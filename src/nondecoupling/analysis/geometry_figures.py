@@ -67,7 +67,7 @@ def draw_duration(duration: Duration) -> Figure:
     said = f"{share['mean']:.0%} of RL's gain" if share else "None of RL's gain, for RL gained nothing,"
     axes.set_title(f"{said} costs less than {FREE:g} nats", loc="left", weight="bold")
     axes.set(xlabel="gain of reward since SFT", ylabel="rise of the SFT loss, nats")
-    axes.set_xlim(right=1.25 * max(points["reward"].max(), gain["mean"]))
+    axes.set_xlim(right=1.35 * max(points["reward"].max(), gain["mean"]))
     label_ends(axes, ends)
     return figure
 
