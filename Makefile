@@ -75,7 +75,7 @@ controls: $(READY) ## also controls and joint training: 8 min more
 betas: $(READY) ## also RL at other prices of the KL: 9 min more
 	@$(WORKFLOW) betas $(STUDY) $(HOW)
 
-geometry: $(READY) ## how long, when, along which directions: 10 min more
+geometry: $(READY) ## how long, when, along which directions: 14 min more
 	@$(WORKFLOW) geometry $(STUDY) $(HOW)
 
 everything: $(READY) ## all of these
@@ -133,7 +133,7 @@ NBVAL = $(KERNELS) NONDECOUPLING_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 TQDM_DI
 # Another kernel of torch's, as on an older processor: other arithmetic, in which the same must hold.
 OTHER = ATEN_CPU_CAPABILITY=default
 
-test: lint ## lint, unit tests, every notebook checked: 8 min
+test: lint ## lint, unit tests, every notebook checked: 17 min
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 	$(NBVAL) notebooks
 	$(OTHER) $(PYTHON) -m pytest -q tests/test_training.py tests/test_rl.py
