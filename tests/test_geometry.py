@@ -103,8 +103,12 @@ def content():
     return geometry.geometry_file(chapter())
 
 
+def judged(found):
+    return geometry.judge_geometry(found, geometry.changes_by_start(found))
+
+
 def verdicts(found):
-    return {row["id"]: row["verdict"] for row in geometry.judge_geometry(found)}
+    return {row["id"]: row["verdict"] for row in judged(found)}
 
 
 def test_the_file_is_what_the_contract_says(content):
@@ -161,8 +165,8 @@ def test_a_policy_that_is_too_unsure_is_told_so_by_refitting():
     labels = np.where(rng.uniform(size=3000) < q, truth, 1 - truth)
     table = policy("sft", (2 * truth - 1) * logit(q) / 2, labels, seeds=[0], truth=truth, agreement=q)
     assert np.abs(geometry.refitted(table)) == pytest.approx(logit(q), rel=0.2)
-    believed = geometry.by_refitted_belief(table, 0.5)
-    assert believed == pytest.approx(geometry.by_the_truth(table, 0.5), abs=0.4)
+    believed = geometry.ideal_rl(table)["refitted_belief"](0.5)
+    assert believed == pytest.approx(geometry.ideal_rl(table)["truth"](0.5), abs=0.4)
 
 
 def test_verdicts_follow_the_numbers():
@@ -178,9 +182,8 @@ def test_verdicts_follow_the_numbers():
 
 
 def test_a_sign_is_right_where_measured_and_predicted_agree():
-    hurt = geometry.values_of_geometry(chapter(changed=-50.0))[
-        "G4"
-    ]  # RL ends sure of the wrong label: every loss rises
+    wrong = chapter(changed=-50.0)  # RL ends sure of the wrong label: every loss rises
+    hurt = geometry.values_of_geometry(wrong, geometry.changes_by_start(wrong))["G4"]
     changes = geometry.changes_by_start(chapter())
     assert hurt.to_numpy() == pytest.approx((changes["refitted_belief"] > 0).groupby(changes["seed"]).mean())
 
@@ -195,7 +198,7 @@ def test_what_was_not_run_is_not_run():
 def test_a_published_model_has_no_starts_between():
     study = load_study("laptop")
     found = chapter()._replace(study=study)
-    rows = {row["id"]: row for row in geometry.judge_geometry(found)}
+    rows = {row["id"]: row for row in judged(found)}
     assert rows["G3"]["verdict"] == rows["G4"]["verdict"] == "not run"
     assert geometry.geometry_file(found)["threshold"] is None
 
@@ -209,7 +212,7 @@ def test_sentences_have_the_words_of_their_verdicts(content):
     said = geometry.duration_sentence(content)
     assert "+0.100" in said
     assert "the SFT policy alone knew that cost" in said
-    dear = content | {"claims": geometry.judge_geometry(chapter(paths=paths_table(2.0)))}
+    dear = content | {"claims": judged(chapter(paths=paths_table(2.0)))}
     assert "did not know" in geometry.duration_sentence(dear)
     assert geometry.threshold_sentence(content).count("turns at") == 3
     assert "vacuous for all" in geometry.alignment_sentence(content)

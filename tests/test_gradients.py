@@ -116,8 +116,7 @@ def test_the_second_order_is_the_second_order():
 def test_paths_start_at_the_policy_climb_and_leave_it_alone(measured):
     stage, sentences, log_odds, each = measured
     before = gradients.flat(gradients.trained(stage.policy))
-    rates = [0.5] * 4
-    measured_path = gradients.follow(stage.policy, sentences, slice(0, 20, 2), rates, torch.optim.SGD, batch=6)
+    measured_path = gradients.follow(stage.policy, sentences, slice(0, 20, 2), 0.5, 4, torch.optim.SGD, batch=6)
     assert measured_path[0] == pytest.approx(log_odds, abs=1e-4)
     assert len(measured_path) == 5
     paid = [gradients.reward_of(odds[::2], sentences.y[::2]) for odds in measured_path]
@@ -135,7 +134,7 @@ def test_a_short_step_goes_where_the_start_says(measured):
     paid = slice(0, 20, 2)
     direction = each[paid].T @ torch.tensor(gradients.reward_weights(log_odds, sentences.y)[paid]).float() / 10
     tau = 1e-2 / float(direction.norm())
-    moved = gradients.follow(stage.policy, sentences, paid, [tau], torch.optim.SGD, batch=20)[-1]
+    moved = gradients.follow(stage.policy, sentences, paid, tau, 1, torch.optim.SGD, batch=20)[-1]
     assert moved - log_odds == pytest.approx(
         tau * (each @ direction).numpy(), abs=0.05 * np.abs(moved - log_odds).max()
     )

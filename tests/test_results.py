@@ -268,7 +268,10 @@ def test_committed_claims_follow_from_the_committed_tables(reference):
         rows += controls.judge_controls(found, rows) + controls.judge_joint(found)
     else:
         rows += controls.controls_not_run(found.study)
-    rows += geometry.judge_geometry(found) if len(found.gradients) else geometry.geometry_not_run(found.study)
+    if len(found.gradients):
+        rows += geometry.judge_geometry(found, geometry.changes_by_start(found))
+    else:
+        rows += geometry.geometry_not_run(found.study)
     assert [row["id"] for row in rows] == [row["id"] for row in stored]
     for fresh, old in zip(rows, stored, strict=True):
         for key, value in fresh.items():

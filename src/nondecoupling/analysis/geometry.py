@@ -10,11 +10,11 @@ as given. L* is the least loss there is, the mean of H(q(x)).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from nondecoupling.analysis import theory
@@ -37,7 +37,7 @@ from nondecoupling.study.contracts import (
     PolicyGeometry,
     Threshold,
 )
-from nondecoupling.study.plan import MAKES, SHARES, starts
+from nondecoupling.study.plan import ALONG_SFT, MAKES, starts
 from nondecoupling.study.results import Results
 from nondecoupling.study.study import Study
 
@@ -45,7 +45,7 @@ FREE = 0.01  # nats of SFT loss that nobody would miss
 EARLY = 0.05  # nats of rise, by the second-order prediction, at which it is judged
 VACUOUS = 0.99  # a bound on a cosine from which on it says nothing
 RATES = np.geomspace(0.3, 10, 40)  # exchange rates: what a nat of SFT loss is worth, in reward
-ALONG_SFT = ("base", *(f"sft-{share}" for share in SHARES), "sft")
+PREDICTIONS = ("truth", "own_belief", "refitted_belief")  # of where RL ends (`ideal_rl`)
 PATHS = {"plain": "gradient ascent", "adam": "Adam"}
 
 SECOND_ORDER = Claim(
@@ -220,43 +220,33 @@ def refitted(answers: pd.DataFrame) -> np.ndarray:
     return found
 
 
-def by_the_truth(answers: pd.DataFrame, beta: float) -> np.ndarray:
-    """Log-odds of ideal RL that is paid by annotators: the sign rule's."""
-    return theory.tilted_log_odds(label_log_odds(answers), *known_or_labels(answers), beta)
+def ideal_rl(answers: pd.DataFrame) -> dict[str, Callable[[float], np.ndarray]]:
+    """Log-odds of ideal RL from a policy at a given beta, by each of `PREDICTIONS`.
+
+    Paid by annotators, the sign rule's; by the policy's own belief; and by that belief once it is `refitted`.
+    """
+    log_odds, corrected = label_log_odds(answers), refitted(answers)
+    return {
+        "truth": partial(theory.tilted_log_odds, log_odds, *known_or_labels(answers)),
+        "own_belief": partial(theory.self_tilted_log_odds, log_odds),
+        "refitted_belief": lambda beta: log_odds + theory.self_tilted_log_odds(corrected, beta) - corrected,
+    }
 
 
-def by_own_belief(answers: pd.DataFrame, beta: float) -> np.ndarray:
-    """Log-odds of ideal RL of a policy that is taken at its word."""
-    return theory.self_tilted_log_odds(label_log_odds(answers), beta)
-
-
-def by_refitted_belief(answers: pd.DataFrame, beta: float) -> np.ndarray:
-    """Log-odds of ideal RL of a policy whose belief is corrected first (`refitted`): it is paid by that belief."""
-    belief = 2 * expit(refitted(answers)) - 1
-    return label_log_odds(answers) + 2 * belief / beta
-
-
-PREDICTIONS: dict[str, Callable[[pd.DataFrame, float], np.ndarray]] = {
-    "truth": by_the_truth,
-    "own_belief": by_own_belief,
-    "refitted_belief": by_refitted_belief,
-}
-
-
-def changes_by_start(results: Results) -> pd.DataFrame:
+def changes_by_start(results: Results) -> pd.DataFrame | None:
     """RL from every start, at every beta and in every seed: ``start, beta, seed, distance`` (L - L* before RL),
-    ``measured`` change of L, and the change by each of `PREDICTIONS`."""
+    ``measured`` change of L, and the change by each of `PREDICTIONS`. None where RL has no starts between base and SFT.
+    """
+    if not results.study.profile.pretrains:
+        return None
     rows = []
     for start, runs in starts(results.study.profile).items():
         for seed in results.seeds:
             answers = results.answers_of(start, seed)
-            before = loss_in_expectation(label_log_odds(answers), answers)
+            before, ideal = loss_in_expectation(label_log_odds(answers), answers), ideal_rl(answers)
             for beta, run in runs.items():
                 after = loss_in_expectation(label_log_odds(results.answers_of(run, seed)), answers)
-                said = {
-                    name: loss_in_expectation(tilt(answers, beta), answers) - before
-                    for name, tilt in PREDICTIONS.items()
-                }
+                said = {name: loss_in_expectation(ideal[name](beta), answers) - before for name in PREDICTIONS}
                 known = {"start": start, "beta": beta, "seed": seed, "distance": before - least_loss(answers)}
                 rows.append(known | {"measured": after - before} | said)
     return pd.DataFrame(rows)
@@ -273,22 +263,18 @@ def zero_of(distance: np.ndarray, change: np.ndarray) -> float:
     return float(x[low] + (x[low + 1] - x[low]) * y[low] / (y[low] - y[low + 1]))
 
 
-def zeros(changes: pd.DataFrame, beta: float, kind: str) -> pd.Series:
-    """`zero_of` each seed's changes at one beta, measured or predicted."""
-    rows = changes[changes["beta"] == beta]
+def zeros(rows: pd.DataFrame, change: str) -> pd.Series:
+    """`zero_of` the column ``change`` against ``distance``, by seed."""
     return rows.groupby("seed").apply(
-        lambda seed: zero_of(seed["distance"].to_numpy(), seed[kind].to_numpy()), include_groups=False
+        lambda seed: zero_of(seed["distance"].to_numpy(), seed[change].to_numpy()), include_groups=False
     )
 
 
 def zeros_of_cosine(results: Results) -> pd.Series:
     """L - L* at which the cosine of -grad L and grad J turns from positive to negative, by seed."""
-    table = results.gradients[results.gradients["policy"].isin(starts(results.study.profile))]
+    table = results.gradients[results.gradients["policy"].isin(ALONG_SFT)]
     cosine = table["cosine_split"].fillna(table["cosine"]) if "cosine_split" in table else table["cosine"]
-    rows = table.assign(distance=table["loss"] - table["best_loss"], opposed=-cosine)
-    return rows.groupby("seed").apply(
-        lambda seed: zero_of(seed["distance"].to_numpy(), seed["opposed"].to_numpy()), include_groups=False
-    )
+    return zeros(table.assign(distance=table["loss"] - table["best_loss"], opposed=-cosine), "opposed")
 
 
 def mean_or_none(values: pd.Series) -> OverSeeds | None:
@@ -303,16 +289,12 @@ def threshold(results: Results, changes: pd.DataFrame) -> Threshold:
         {"start": str(start), "beta": float(beta), **means_of(rows[["distance", "measured", *PREDICTIONS]])}
         for (start, beta), rows in changes.groupby(["start", "beta"], sort=False)
     ]
-    betas = changes["beta"].unique()
-    return {
-        "points": points,
-        "zeros": [
-            {"beta": float(beta)}
-            | {kind: mean_or_none(zeros(changes, beta, kind)) for kind in ("measured", *PREDICTIONS)}  # type: ignore[misc]
-            for beta in betas
-        ],
-        "zero_of_cosine": mean_or_none(zeros_of_cosine(results)),
-    }
+    found: list[Any] = []  # of Zero
+    for beta, rows in changes.groupby("beta", sort=False):
+        turns = {kind: zeros(rows, kind) for kind in ("measured", *PREDICTIONS)}
+        means = {kind: mean_or_none(values) for kind, values in turns.items()}
+        found.append({"beta": float(beta), "turning": int(turns["measured"].notna().sum()), **means})  # type: ignore[arg-type]
+    return {"points": points, "zeros": found, "zero_of_cosine": mean_or_none(zeros_of_cosine(results))}
 
 
 def lojasiewicz(results: Results) -> pd.Series:
@@ -328,8 +310,8 @@ def lojasiewicz(results: Results) -> pd.Series:
 # The chapter's file and its verdicts
 
 
-def values_of_geometry(results: Results) -> dict[str, pd.Series]:
-    """The quantity of each claim by seed; only the claims whose runs are there."""
+def values_of_geometry(results: Results, changes: pd.DataFrame | None) -> dict[str, pd.Series]:
+    """The quantity of each claim by seed; only the claims whose runs are there. ``changes`` are `changes_by_start`."""
     base = geometry_of(results, "base")
     early = {seed: value_at(mean_path(results, "plain", seed), "loss", "loss_second", EARLY) for seed in results.seeds}
     found = {
@@ -339,17 +321,17 @@ def values_of_geometry(results: Results) -> dict[str, pd.Series]:
         "G6": geometry_of(results, "sft")["slope"],
         "G7": base["loss_top_10"] - base["reward_top_10"],
     }
-    if not results.study.profile.pretrains:
+    if changes is None:
         return found
-    changes, own = changes_by_start(results), results.study.profile.rl.beta
+    own = results.study.profile.rl.beta
     of_base = changes[(changes["start"] == "base") & (changes["beta"] == own)].set_index("seed")["measured"]
     right = np.sign(changes["measured"]) == np.sign(changes["refitted_belief"])
     return found | {"G3": of_base, "G4": right.groupby(changes["seed"]).mean()}
 
 
-def judge_geometry(results: Results) -> list[ClaimRow]:
-    """The rows of the chapter's claims; G1 is an amount, judged as T2 is."""
-    values = values_of_geometry(results)
+def judge_geometry(results: Results, changes: pd.DataFrame | None) -> list[ClaimRow]:
+    """The rows of the chapter's claims, with `changes_by_start`; G1 is an amount, judged as T2 is."""
+    values = values_of_geometry(results, changes)
     gap = mean_interval(values["G1"] - EARLY)
     first = claim_row(
         SECOND_ORDER, mean_interval(values["G1"]), verdict_of_amount(gap, EARLY), predicted_from_policies=EARLY
@@ -366,13 +348,13 @@ def geometry_not_run(study: Study) -> list[ClaimRow]:
 
 def geometry_file(results: Results) -> GeometryFile:
     """The content of geometry.json."""
-    own = results.study.profile.pretrains
+    changes = changes_by_start(results)
     return {
         "policies": policy_geometry(results),
         "duration": duration(results),
-        "threshold": threshold(results, changes_by_start(results)) if own else None,
-        "lojasiewicz": over_seeds(lojasiewicz(results)) if own else None,
-        "claims": judge_geometry(results),
+        "threshold": None if changes is None else threshold(results, changes),
+        "lojasiewicz": None if changes is None else over_seeds(lojasiewicz(results)),
+        "claims": judge_geometry(results, changes),
     }
 
 
@@ -404,7 +386,10 @@ def threshold_sentence(content: GeometryFile) -> str:
     for zero in content["threshold"]["zeros"]:
         points = [point for point in content["threshold"]["points"] if point["beta"] == zero["beta"]]
         ends = f"{shown(points[0]['measured'])} from the base, {shown(points[-1]['measured'])} from the end of SFT"
-        turn = f"turns at L - L* = {shown(zero['measured'], '.3f')}" if zero["measured"] else "does not turn"
+        turn = "does not turn"
+        if zero["measured"]:
+            of_all = f"{zero['turning']} of {content['claims'][0]['seeds']} replications"
+            turn = f"turns at L - L* = {shown(zero['measured'], '.3f')} in {of_all}"
         known = f" (refitted belief: {shown(zero['refitted_belief'], '.3f')})" if zero["refitted_belief"] else ""
         parts.append(f"* β = {zero['beta']:g}: RL changes the SFT loss by {ends}; its sign {turn}{known}.")
     return "\n".join(parts)

@@ -20,8 +20,9 @@ from nondecoupling.analysis.predictions import (
     measured_levels,
     own_frontier,
 )
+from nondecoupling.analysis.statistics import mean_interval
 from nondecoupling.study.contracts import Duration, OverSeeds, PolicyGeometry, Threshold
-from nondecoupling.study.plan import NAMES, WEIGHTS
+from nondecoupling.study.plan import NAMES, SHARES, WEIGHTS
 from nondecoupling.study.results import Results
 
 SFT, RL = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[3]  # the two gradients
@@ -145,7 +146,7 @@ def draw_alignment(policies: list[PolicyGeometry]) -> Figure:
     dots(right, "reward_top_10", RL, "s", "RL's gradient")
     right.set(xlim=(0, 1.05), xlabel="share in the first 10 eigenvectors of H")
     right.set_title("On or off the principal directions?", loc="left", weight="bold", fontsize=11)
-    words = {f"sft-{share}": f"SFT, {share} % of its steps" for share in (10, 25, 50)} | NAMES
+    words = {f"sft-{share}": f"SFT, {share} % of its steps" for share in SHARES} | NAMES
     left.set_yticks(range(len(policies)), [words.get(policy["policy"], policy["policy"]) for policy in policies])
     left.set_ylim(len(policies) - 0.5, -0.5)
     for axes in (left, right):
@@ -207,21 +208,20 @@ def draw_story(results: Results) -> Figure:
     axes.plot(sharper["sft_loss"], sharper["reward"], ":", color="0.3", zorder=1)
     for run in runs:
         rows = levels[levels["run"] == run]
-        x, y = rows["loss"].mean(), rows["reward"].mean()
+        loss, reward = (mean_interval(rows[column]) for column in ("loss", "reward"))
         colour = COLOURS.get(run, "0.4")
         spread = {"capsize": 0, "color": colour, "linewidth": 1.2}
-        half = [1.96 * rows[column].sem() if len(rows) > 1 else 0.0 for column in ("loss", "reward")]
         axes.errorbar(
-            x,
-            y,
-            yerr=half[1],
-            xerr=half[0],
+            loss.mean,
+            reward.mean,
+            yerr=reward.high - reward.mean,
+            xerr=loss.high - loss.mean,
             marker="o" if run in NAMES else "D",
             markersize=9 if run in NAMES else 5,
             zorder=3,
             **spread,
         )
-        labels[NAMES.get(run, STORY.get(run, run))] = x, y, colour
+        labels[NAMES.get(run, STORY.get(run, run))] = loss.mean, reward.mean, colour
     if len(results.paths):
         paths = [mean_path(results, "plain", seed) for seed in results.seeds]
         start = levels[levels["run"] == "sft"][["loss", "reward"]].mean()

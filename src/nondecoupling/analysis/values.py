@@ -4,7 +4,7 @@ import pandas as pd
 
 from nondecoupling.analysis.claims import GREEDY_UNCHANGED, by_seed, change_of, share_of_bound, values_of_claims
 from nondecoupling.analysis.controls import controls_of, joint_runs, values_of_controls, values_of_joint
-from nondecoupling.analysis.geometry import values_of_geometry
+from nondecoupling.analysis.geometry import changes_by_start, values_of_geometry
 from nondecoupling.analysis.measures import greedy_share, label_loss, label_reward
 from nondecoupling.study.plan import one_per_beta
 from nondecoupling.study.results import Results
@@ -21,7 +21,7 @@ def claim_values(results: Results) -> pd.DataFrame:
         if results.has(*runs):
             found |= values(results)
     if results.has(*(run.name for run in results.study.runs_of("geometry") if run.stage == "gradients")):
-        found |= values_of_geometry(results)
+        found |= values_of_geometry(results, changes_by_start(results))
     tables = [pd.DataFrame({"claim": name, "seed": by.index, "value": by.to_numpy()}) for name, by in found.items()]
     return pd.concat(tables, ignore_index=True)
 

@@ -274,6 +274,7 @@ class Zero(TypedDict):
     """L - L* at which the change of L by RL at one beta turns from negative (further from L*) to positive."""
 
     beta: float
+    turning: int  # seeds in which it turns, as measured
     measured: OverSeeds | None  # over the seeds in which it turns; None where it turns in none
     truth: OverSeeds | None
     own_belief: OverSeeds | None

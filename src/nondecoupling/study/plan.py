@@ -33,6 +33,7 @@ SUMMARIES: dict[str, tuple[Group, ...]] = {
 }
 WEIGHTS = (0.2, 0.5, 0.8)  # of the SFT loss in joint training
 SHARES = (10, 25, 50)  # per cent of SFT's steps after which RL begins, too
+ALONG_SFT = ("base", *(f"sft-{share}" for share in SHARES), "sft")
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def starts(profile: Profile) -> dict[str, dict[float, str]]:
     middle of one would tell of its learning rate.
     """
     own, found = profile.rl.beta, {}
-    for start in ["base", *(f"sft-{share}" for share in SHARES), "sft"]:
+    for start in ALONG_SFT:
         known = {"base": "rl", "sft": "sft-rl"}.get(start)
         names = {beta: f"{known or f'{start}-rl'}-b{beta:g}" for beta in three_betas(profile)}
         if start == "sft":

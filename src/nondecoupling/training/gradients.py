@@ -162,16 +162,12 @@ def summary(gram: FloatArray, log_odds: FloatArray, y: FloatArray, seed: int) ->
         "cosine": cosine(loss, reward),
         **split_summary(gram, loss, reward, curvature),
     }
-    rng, values, vectors = np.random.default_rng(seed), *spectrum(gram, curvature)
+    rng, (values, vectors) = np.random.default_rng(seed), spectrum(gram, curvature)
     shuffled = [(loss_weights(log_odds, mixed), reward_weights(log_odds, mixed))
                 for mixed in (rng.permutation(y) for _ in range(SHUFFLES))]  # fmt: skip
     found["cosine_shuffled"] = float(np.mean([cosine(*pair) for pair in shuffled]))
-    top = {
-        "loss": energy(gram, loss, curvature, values, vectors),
-        "reward": energy(gram, reward, curvature, values, vectors),
-    }
-    mixed = [energy(gram, weights, curvature, values, vectors) for _, weights in shuffled]
-    top["reward_shuffled"] = np.mean(mixed, axis=0)
+    top = {"loss": energy(gram, loss, vectors), "reward": energy(gram, reward, vectors)}
+    top["reward_shuffled"] = np.mean([energy(gram, weights, vectors) for _, weights in shuffled], axis=0)
     for name, shares in top.items():
         found |= {f"{name}_top_{k}": float(shares[min(k, n) - 1]) for k in TOP}
     bounds = np.sqrt(1 - top["loss"]) + np.sqrt(top["reward"])
@@ -204,9 +200,8 @@ def split_summary(gram: FloatArray, loss: FloatArray, reward: FloatArray, curvat
     lengths = mean["loss loss"] * mean["reward reward"]
     found = {"slope": mean["slope"], "curvature": mean["curvature"]}
     if min(mean["loss loss"], lengths) > 0:
-        found["cosine_split"] = float(
-            np.clip(-mean["loss reward"] / np.sqrt(lengths), -1, 1)
-        )  # estimates may go beyond
+        cosine = -mean["loss reward"] / np.sqrt(lengths)  # of estimates, which may take it beyond 1
+        found["cosine_split"] = float(np.clip(cosine, -1, 1))
     return found
 
 
@@ -223,48 +218,43 @@ def spectrum(gram: FloatArray, curvature: FloatArray) -> tuple[FloatArray, Float
     return values, root[:, None] * vectors / np.sqrt(n * values)
 
 
-def energy(
-    gram: FloatArray, weights: FloatArray, curvature: FloatArray, values: FloatArray, vectors: FloatArray
-) -> FloatArray:
+def energy(gram: FloatArray, weights: FloatArray, vectors: FloatArray) -> FloatArray:
     """Share of the squared length of the gradient with ``weights`` in the first 1, 2, ... eigenvectors, (n,)."""
     along = vectors.T @ (gram @ weights)
     shares = np.cumsum(along**2) / float(weights @ gram @ weights)
-    return np.clip(np.concatenate([shares, np.full(len(curvature) - len(shares), shares[-1])]), 0, 1)
+    return np.clip(np.concatenate([shares, np.full(len(weights) - len(shares), shares[-1])]), 0, 1)
 
 
 # How long: ascent on the exact reward of half of the sentences, and what the start predicts for the other half
 
 
 def follow(
-    model: torch.nn.Module, sentences: Sentences, paid: slice, rates: list[float], optimiser: Callable, batch: int
+    model: torch.nn.Module, sentences: Sentences, paid: slice, rate: float, steps: int, optimiser: Callable, batch: int
 ) -> list[FloatArray]:
-    """Log-odds (n,) of all sentences before each step of ascent on J of the ``paid`` ones, and after the last.
+    """Log-odds (n,) of all sentences before each of ``steps`` of ascent on J of the ``paid`` ones, and after the last.
 
-    Step k has the learning rate ``rates[k]``; ``optimiser`` makes a torch optimiser of parameters. The model ends as it
-    began.
+    ``optimiser`` is a class of torch's, ``rate`` its learning rate. The model ends as it began.
     """
     parameters, n = trained(model), len(sentences.y)
     start = [parameter.detach().clone() for parameter in parameters]
-    steps, found = optimiser(parameters, lr=1.0, maximize=True), []
+    ascent, found = optimiser(parameters, lr=rate, maximize=True), []
     rows, in_paid = range(n), set(range(n)[paid])
     others = [row for row in rows if row not in in_paid]
-    for rate in [*rates, None]:
-        steps.zero_grad()
+    for step in range(steps + 1):
+        ascent.zero_grad()
         log_odds = np.empty(n)
         for part, learn in [(part, True) for part in batches(rows[paid], batch)] + [
             (part, False) for part in batches(others, batch)
         ]:
-            with torch.set_grad_enabled(learn and rate is not None):
+            with torch.set_grad_enabled(learn and step < steps):
                 odds = log_odds_of(model, sentences, part)
             log_odds[list(part)] = odds.detach().double().cpu().numpy()
             if odds.requires_grad:
                 weights = reward_weights(log_odds[list(part)], sentences.y[list(part)]) / len(in_paid)
                 odds.backward(torch.tensor(weights, dtype=odds.dtype, device=odds.device))
         found.append(log_odds)
-        if rate is not None:
-            for group in steps.param_groups:
-                group["lr"] = rate
-            steps.step()
+        if step < steps:
+            ascent.step()
     with torch.no_grad():
         for parameter, value in zip(parameters, start, strict=True):
             parameter.copy_(value)
@@ -291,8 +281,8 @@ def paths(stage: Stage, sentences: Sentences, log_odds: FloatArray, gradients: t
             along = (gradients[held] @ direction).double().numpy()
             slope, bend = second_order_loss(log_odds[held], y[held], along)
             length = (np.sqrt(slope**2 + 2 * bend * RISE) - slope) / bend
-            rates = [length / how.path_steps] * how.path_steps
-            measured = follow(stage.policy, sentences, paid, rates, optimiser, stage.settings.evaluation.batch_size)
+            rate, batch = length / how.path_steps, stage.settings.evaluation.batch_size
+            measured = follow(stage.policy, sentences, paid, rate, how.path_steps, optimiser, batch)
             for step, odds in enumerate(measured):
                 tau = step * length / how.path_steps
                 rows.append(
@@ -332,11 +322,10 @@ def predicted(log_odds: FloatArray, y: FloatArray, along: FloatArray, tau: float
 
 
 class Geometry(NamedTuple):
-    """What was measured of a policy: `summary`, its `paths` (None where none were followed), H's spectrum, the cost."""
+    """What was measured of a policy: `summary`, its `paths` (None where none were followed), the cost."""
 
     summary: dict[str, float]
     paths: pd.DataFrame | None
-    eigenvalues: FloatArray
     training: dict[str, Any]
 
 
@@ -358,7 +347,7 @@ def measure_gradients(stage: Stage) -> Geometry:
         "trained_parameters": trained_parameters,
         "parameters": parameters,
     }
-    return Geometry(measured, found, spectrum(gram, curvature_weights(log_odds))[0], training)
+    return Geometry(measured, found, training)
 
 
 def publish_gradients(stage: Stage, geometry: Geometry) -> Path:
