@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from nondecoupling.study.profile import Adaptation, Model
 from nondecoupling.task.prompts import settle_chats
+from nondecoupling.training.adapter import use_low_rank
 
 ADAPTER_FILE = "adapter_config.json"
 TEMPLATE_SECONDS = 5  # to render a chat, which takes milliseconds
@@ -151,9 +152,11 @@ def start_policy(
                 f"The adapter in {parent} has rank {trained.r} and alpha {trained.lora_alpha}, not adaptation.rank="
                 f"{adaptation.rank} and adaptation.alpha={adaptation.alpha}; one adapter goes through all stages."
             )
-        return policy
-    set_seed(seed)
-    return get_peft_model(load_base(base, how), _lora(adaptation, "CAUSAL_LM"))
+    else:
+        set_seed(seed)
+        policy = get_peft_model(load_base(base, how), _lora(adaptation, "CAUSAL_LM"))
+    use_low_rank(policy)
+    return policy
 
 
 def start_reward_model(
@@ -171,10 +174,11 @@ def start_reward_model(
     body = _load(AutoModelForSequenceClassification, whole, how, num_labels=1)
     logging.set_verbosity(verbosity)
     body.config.pad_token_id = pad
-    if trained:
-        scorer = body if adaptation.method == "full" else PeftModel.from_pretrained(body, trained)
-        return scorer.eval().requires_grad_(False)
-    return body if adaptation.method == "full" else get_peft_model(body, _lora(adaptation, "SEQ_CLS"))
+    if adaptation.method == "lora":
+        fresh = not trained
+        body = get_peft_model(body, _lora(adaptation, "SEQ_CLS")) if fresh else PeftModel.from_pretrained(body, trained)
+        use_low_rank(body)
+    return body.eval().requires_grad_(False) if trained else body
 
 
 def save_policy(model: PreTrainedModel | PeftModel, folder: Path) -> None:
