@@ -174,11 +174,12 @@ def start_reward_model(
     body = _load(AutoModelForSequenceClassification, whole, how, num_labels=1)
     logging.set_verbosity(verbosity)
     body.config.pad_token_id = pad
+    scorer = body
     if adaptation.method == "lora":
-        fresh = not trained
-        body = get_peft_model(body, _lora(adaptation, "SEQ_CLS")) if fresh else PeftModel.from_pretrained(body, trained)
-        use_low_rank(body)
-    return body.eval().requires_grad_(False) if trained else body
+        adapter = _lora(adaptation, "SEQ_CLS")
+        scorer = PeftModel.from_pretrained(body, trained) if trained else get_peft_model(body, adapter)
+        use_low_rank(scorer)
+    return scorer.eval().requires_grad_(False) if trained else scorer
 
 
 def save_policy(model: PreTrainedModel | PeftModel, folder: Path) -> None:
