@@ -174,7 +174,7 @@ def start_reward_model(
     body = _load(AutoModelForSequenceClassification, whole, how, num_labels=1)
     logging.set_verbosity(verbosity)
     body.config.pad_token_id = pad
-    scorer = body
+    scorer: PreTrainedModel | PeftModel = body
     if adaptation.method == "lora":
         adapter = _lora(adaptation, "SEQ_CLS")
         scorer = PeftModel.from_pretrained(body, trained) if trained else get_peft_model(body, adapter)
