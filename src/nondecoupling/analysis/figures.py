@@ -15,10 +15,11 @@ from nondecoupling.analysis import theory
 from nondecoupling.analysis.predictions import frontier, label_log_odds, mean_path
 from nondecoupling.analysis.statistics import interval_text, mean_interval, shown
 from nondecoupling.study.contracts import ClaimRow, Crossing, OverSeeds, Payer, SweepEntry, Tilt
-from nondecoupling.study.plan import NAMES
+from nondecoupling.study.plan import NAMES, WEIGHTS
 from nondecoupling.study.results import Results
 
 COLOURS = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)), strict=True))
+MIXED = {"interleaved": "by turns"} | {f"joint-m{weight}": f"joint, μ = {weight}" for weight in WEIGHTS}
 MEASURED, OWN, PERFECT = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[2], "0.55"
 
 
@@ -60,6 +61,11 @@ def label_ends(axes: Axes, ends: dict[str, tuple[float, Any]]) -> None:
         place = axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], value)))[1]
         free = max(place, free + 0.07)
         axes.text(1.02, free, text, color=colour, transform=axes.transAxes, va="center", fontsize=9)
+
+
+def legend_below(axes: Axes, columns: int) -> None:
+    """A legend under the axes, where it covers nothing whatever the numbers are."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=columns, fontsize=9, frameon=False)
 
 
 def label_levels(axes: Axes, levels: dict[str, float]) -> None:
@@ -263,7 +269,7 @@ def draw_plane(
         ylabel="reward of sampled answers on dev (higher is better)",
         title="Two goals, two orders",
     )
-    axes.legend(loc="best", frameon=True, fontsize=9)
+    legend_below(axes, 4)
     return figure
 
 
@@ -300,32 +306,48 @@ def draw_calibration(answers: dict[str, pd.DataFrame], levels: list[float]) -> F
 def draw_claims(rows: list[ClaimRow], title: str) -> Figure:
     """Each claim's change as measured, with its 95 % interval over seeds, beside what was predicted, a line each.
 
-    ``rows`` are those whose quantity is a difference of losses (nats) or of rewards; what was not run is left out.
+    ``rows`` are those whose quantity is a difference of losses (nats) or of rewards, which have axes of their own; what
+    was not run is left out.
     """
     rows = [row for row in rows if row["estimate"] is not None]
-    figure, axes = plt.subplots(figsize=(8, 0.55 * len(rows) + 1.6))
-    palette = sns.color_palette("colorblind")
+    losses = [row for row in rows if row["quantity"].startswith("sft_loss")]
+    of_unit = {
+        "change of the SFT loss, nats per response": losses,
+        "change of the reward": [row for row in rows if row not in losses],
+    }
+    units = {unit: part for unit, part in of_unit.items() if part}
+    heights = [len(part) + 1 for part in units.values()]
+    size = 8, 0.5 * sum(heights) + 1.5
+    figure, panels = plt.subplots(len(units), figsize=size, height_ratios=heights, squeeze=False, layout="constrained")
+    for axes, (unit, part) in zip(panels[:, 0], units.items(), strict=True):
+        draw_changes(axes, part)
+        axes.set_xlabel(unit)
+    panels[0, 0].set_title(title)
+    known = {words: mark for axes in figure.axes for mark, words in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    return figure
+
+
+def draw_changes(axes: Axes, rows: list[ClaimRow]) -> None:
+    """The lines of `draw_claims` for rows of one unit."""
     marks = (
-        ("predicted", "d", "0.55", "predicted, perfect learner"),
-        ("predicted_from_policies", "D", palette[2], "predicted, own belief"),
-        ("estimate", "o", palette[0], "measured, 95 % interval"),
+        ("predicted", "d", PERFECT, "predicted, perfect learner"),
+        ("predicted_from_policies", "D", OWN, "predicted, own belief"),
+        ("estimate", "o", MEASURED, "measured, 95 % interval"),
     )
     for key, mark, colour, words in marks:
         points = [(row[key], place) for place, row in enumerate(rows) if row[key] is not None]  # type: ignore[literal-required]
         if points:
             x, y = zip(*points, strict=True)
             face = colour if key == "estimate" else "none"
-            axes.scatter(
-                x, y, s=80, marker=mark, facecolor=face, edgecolor=colour, linewidth=1.6, label=words, zorder=3
-            )
+            style = {"marker": mark, "facecolor": face, "edgecolor": colour, "linewidth": 1.6}
+            axes.scatter(x, y, s=80, label=words, zorder=3, **style)
     for place, row in enumerate(rows):
         if row["ci95"]:
-            axes.plot(row["ci95"], [place, place], color=palette[0], linewidth=2.4)
+            axes.plot(row["ci95"], [place, place], color=MEASURED, linewidth=2.4)
     axes.axvline(0, color="0.35", linewidth=1.2)
     axes.set_yticks(range(len(rows)), [f"{row['id']}: {row['statement']}" for row in rows], fontsize=9)
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="difference of SFT loss (nats) or of reward", title=title)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.2, -0.12), ncols=3, fontsize=9, frameon=False)
-    return figure
+    axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
 def draw_proxy(trajectories: pd.DataFrame, majority: float) -> Figure:
@@ -334,19 +356,23 @@ def draw_proxy(trajectories: pd.DataFrame, majority: float) -> Figure:
     The zero of a proxy's scores is arbitrary and differs between seeds, so that only their rise can be compared.
     """
     figure, (true, proxy) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    names = ["rl", "rl-proxy", "sft-rl", "sft-rl-proxy"]
-    colours = dict(zip(names, sns.color_palette("colorblind"), strict=False))
-    table = trajectories[trajectories["run"].isin(names)].sort_values("step")
+    table = trajectories.sort_values("step")
     table = table.assign(rise=table["reward_proxy"] - table.groupby(["run", "seed"])["reward_proxy"].transform("first"))
-    paid_by_proxy = table.dropna(subset="rise")
-    style = {"x": "step", "hue": "run", "palette": colours, "errorbar": t_bounds}
-    sns.lineplot(table, y="reward_exact", hue_order=names, ax=true, **style)
-    sns.lineplot(paid_by_proxy, y="rise", hue_order=[n for n in names if n.endswith("proxy")], ax=proxy, **style)
-    true.set(xlabel="RL steps", ylabel="true reward of sampled answers")
-    proxy.set(xlabel="RL steps", ylabel="rise of the proxy's mean score")
-    for axes in (true, proxy):
-        axes.legend(fontsize=9, loc="lower right")
+    rises: dict[str, tuple[float, Any]] = {}
+    for run in ("rl", "sft-rl"):
+        for name, line in ((run, "-"), (f"{run}-proxy", "--")):
+            part = table[table["run"] == name]
+            style = {"x": "step", "color": COLOURS[run], "linestyle": line, "errorbar": t_bounds}
+            payer = "the truth" if line == "-" else "the proxy"
+            sns.lineplot(part, y="reward_exact", ax=true, label=f"{NAMES[run]}, paid by {payer}", **style)
+            if line == "--":
+                sns.lineplot(part.dropna(subset="rise"), y="rise", ax=proxy, **style)
+                rises[NAMES[run]] = part.loc[part["step"] == part["step"].max(), "rise"].mean(), COLOURS[run]
+    true.set(xlabel="RL steps", ylabel="true reward of sampled answers", title="What is meant")
+    proxy.set(xlabel="RL steps", ylabel="rise of the proxy's mean score", title="What is paid")
     label_levels(true, {"majority answer": majority})
+    legend_below(true, 2)
+    label_ends(proxy, rises)
     return figure
 
 
@@ -361,7 +387,8 @@ def draw_joint(metrics: pd.DataFrame, joint: list[str], frontiers: dict[str, pd.
     mixed = sns.color_palette("flare", len(joint))
     marks = {run: (COLOURS[run], "*", NAMES[run]) for run in ("sft", "sft-rl", "rl", "rl-sft")}
     marks |= {
-        run: (colour, "X" if run == "interleaved" else "o", run) for run, colour in zip(joint, mixed, strict=True)
+        run: (colour, "X" if run == "interleaved" else "o", MIXED[run])
+        for run, colour in zip(joint, mixed, strict=True)
     }
     for run, (colour, mark, name) in marks.items():
         ends = metrics[metrics["run"] == run]
@@ -427,7 +454,7 @@ def draw_theory(q: ArrayLike, beta: float, policies: pd.DataFrame, curves: list[
     ``q`` is as in `draw_frontier`. ``policies`` is `predictions.measured_levels` of the experiments' runs; ``curves``
     are each seed's SFT policy made sharper and less sharp by one number, ``loss, reward``.
     """
-    figure, (ideal, trained) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    figure, (ideal, trained) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
     draw_frontier(ideal, q, beta)
     ideal.set_title("Ideal stages, two labels")
     for curve in curves:
@@ -451,8 +478,8 @@ def draw_theory(q: ArrayLike, beta: float, policies: pd.DataFrame, curves: list[
     seeds = policies["seed"].nunique()
     trained.set(xlabel="SFT loss L on dev, nats per label", ylabel="reward J of sampled answers")
     trained.set_title(f"Trained policies, {seeds} seed{'s' if seeds > 1 else ''} and mean")
-    for axes, corner in ((ideal, "lower right"), (trained, "best")):
-        axes.legend(loc=corner, fontsize=9, frameon=True)
+    for axes, columns in ((ideal, 2), (trained, 3)):
+        legend_below(axes, columns)
     return figure
 
 

@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nondecoupling.analysis.figures import COLOURS, OWN, PERFECT, draw_mean, label_ends
+from nondecoupling.analysis.figures import COLOURS, MIXED, OWN, PERFECT, draw_mean, label_ends
 from nondecoupling.analysis.geometry import FREE, PATHS, mean_path
 from nondecoupling.analysis.measures import temperature_curve
 from nondecoupling.analysis.predictions import (
@@ -22,14 +22,12 @@ from nondecoupling.analysis.predictions import (
 )
 from nondecoupling.analysis.statistics import mean_interval
 from nondecoupling.study.contracts import Duration, OverSeeds, PolicyGeometry, Threshold
-from nondecoupling.study.plan import NAMES, SHARES, WEIGHTS
+from nondecoupling.study.plan import NAMES, SHARES
 from nondecoupling.study.results import Results
 
 SFT, RL = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[3]  # the two gradients
 LABEL_GAP = 0.05  # of the height of the axes
-STORY = {"sft-rl-sft": "SFT → RL → SFT", "interleaved": "by turns"} | {
-    f"joint-m{w}": f"joint, μ = {w}" for w in WEIGHTS
-}
+STORY = {"sft-rl-sft": "SFT → RL → SFT"} | MIXED
 
 
 def draw_duration(duration: Duration) -> Figure:
