@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from html import unescape
 from typing import get_args
 
 import pandas as pd
@@ -194,3 +195,12 @@ def test_settings_that_differ_from_the_profile_are_named(finished):
     shown = page.partition("<dt>Changed settings</dt>")[2].partition("</dd>")[0]
     assert changed.chosen <= set(re.findall(r"<code>([^=<]+)=", shown))
     assert "<code>rl.steps=24</code>" in shown
+
+
+def test_a_study_of_ones_own_says_how_it_agrees_with_the_reference(finished):
+    results = finished("nano")
+    reference = f"{len(results.seeds)} replications could come from the reference's {len(results.seeds)}"
+    assert re.search(rf"<dt>Reference</dt>\s*<dd>PASS: \d+ quantities of {reference}", unescape(page_of(results)))
+    worse = results.metrics.assign(sft_loss=results.metrics["sft_loss"] + 0.1 * results.metrics["seed"])
+    assert report.content_of(results._replace(metrics=worse))["agreement"].startswith("FAIL: ")
+    assert report.content_of(results._replace(folder=REFERENCES / "nano"))["agreement"] is None

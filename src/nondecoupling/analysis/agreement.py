@@ -87,8 +87,8 @@ def compare(fresh: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     return table.assign(result=table["result"].where(~(table["p"] < FAMILYWISE), FAIL))
 
 
-def in_words(table: pd.DataFrame, replications: int, of_reference: int) -> str:
-    """The result of `compare` for reading: a sentence, what failed, and a line per quantity; at most 80 columns."""
+def verdict_sentence(table: pd.DataFrame, replications: int, of_reference: int) -> str:
+    """The result of `compare` in a sentence that begins with PASS or FAIL."""
     failed = table[table["result"] == FAIL]
     counts = table["result"].value_counts()
     alike = ", ".join(f"{counts[name]} {words}" for name, words in ALIKE.items() if name in counts)
@@ -98,7 +98,13 @@ def in_words(table: pd.DataFrame, replications: int, of_reference: int) -> str:
         said += f"{of_reference}" + f"; of the others {alike}" * bool(alike)
     else:
         said = f"PASS: {len(table)} quantities of {these} could come from the reference's {of_reference}: {alike}"
-    lines = wrapped(f"{said} (at {FAMILYWISE:.0%} over all of them).")
+    return f"{said} (at {FAMILYWISE:.0%} over all of them)."
+
+
+def in_words(table: pd.DataFrame, replications: int, of_reference: int) -> str:
+    """The result of `compare` for reading: a sentence, what failed, and a line per quantity; at most 80 columns."""
+    failed = table[table["result"] == FAIL]
+    lines = wrapped(verdict_sentence(table, replications, of_reference))
     for row in failed.to_dict("records"):
         lines += wrapped(failure(row, replications), "* ")
     lines += ["", f"{'quantity':37}{'here':>8}{'refer.':>8}{'SDs':>6}{'p':>7} alike"]

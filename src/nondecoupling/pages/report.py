@@ -12,7 +12,7 @@ import jinja2
 import pandas as pd
 import yaml
 
-from nondecoupling.analysis import figures
+from nondecoupling.analysis import agreement, figures
 from nondecoupling.analysis.controls import OBJECTIONS
 from nondecoupling.analysis.tables import (
     answer_sentences,
@@ -30,7 +30,7 @@ from nondecoupling.study import folders
 from nondecoupling.study.contracts import ClaimRow, TheoryFile
 from nondecoupling.study.plan import NAMES, STATES
 from nondecoupling.study.profile import Data
-from nondecoupling.study.results import Results, read_results
+from nondecoupling.study.results import PROVENANCE, Results, read_results
 from nondecoupling.study.study import Study, changed_settings, load_profile
 
 REPORT = "report.html"
@@ -84,6 +84,18 @@ def as_image(path: Path) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
+def agreement_sentence(results: Results) -> str | None:
+    """How a study of one's own agrees with its committed reference (make verify); None where there is none."""
+    folder = folders.reference_folder(results.study)
+    if not results.own or not (folder / PROVENANCE).exists():
+        return None
+    reference = read_results(results.study, folder)
+    if len(reference.seeds) < 2:  # no spread to judge by
+        return None
+    table = agreement.compare(agreement.quantities(results), agreement.quantities(reference))
+    return agreement.verdict_sentence(table, len(results.seeds), len(reference.seeds))
+
+
 def content_of(results: Results) -> dict[str, Any]:
     """What the template shows of the results of a study, whose claims and theory are finished."""
     rows: list[ClaimRow] = results.read("claims.json")
@@ -123,6 +135,7 @@ def content_of(results: Results) -> dict[str, Any]:
         "minutes": seconds_of(results.costs).sum() / 60,
         "parameters": int((results.costs["parameters"] - results.costs["trained_parameters"]).min()),
         "trained": int(results.costs["trained_parameters"].min()),
+        "agreement": agreement_sentence(results),
         "costs": cost_table(results.costs),
         "finished": results.costs["finished"].max(),
         "shared": shared,

@@ -9,6 +9,7 @@ import pandas as pd
 
 from nondecoupling.analysis import agreement
 from nondecoupling.analysis.tables import document_parts
+from nondecoupling.pages.report import REPORT, content_of, render_report
 from nondecoupling.study import folders, results
 from nondecoupling.study.plan import SUMMARIES
 from nondecoupling.study.results import Results, read_results
@@ -108,9 +109,11 @@ def publish_reference(found: Results, rules: pd.DataFrame, reference: Path) -> N
     answers = found.answers if found.study.profile.data.generated else found.answers.assign(sentence="")
     provenance: Any = without_paths(found.provenance)
     results.write_results(found._replace(folder=reference, answers=answers, provenance=provenance))
-    for name in (*(f"{summary}.json" for summary in SUMMARIES), "score.json", "report.html"):
+    for name in (*(f"{summary}.json" for summary in SUMMARIES), "score.json"):
         if (found.folder / name).exists():
             shutil.copy(found.folder / name, reference / name)
+    # A reference's report does not compare it with the one before it.
+    folders.write_text(reference / REPORT, render_report(content_of(found) | {"agreement": None}))
     for path in (found.folder / "figures").glob("*.png"):
         shutil.copy(path, reference / "figures" / path.name)
     rules.to_csv(reference / "rules.csv", index=False)
