@@ -1,6 +1,7 @@
 """The rule of the verdicts, on intervals and metrics made by hand and against scipy's paired t-test."""
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -267,7 +268,7 @@ def test_a_policy_that_ranks_worse_in_every_seed_is_found():
         spoilt, ["logp_unacceptable", "logp_acceptable"]
     ].to_numpy()
     claim = next(claim for claim in claims.CLAIMS if claim.id == "O3")
-    fall = claims.change_of(found._replace(answers=answers), claim)
+    fall = claims.change_of(replace(found, answers=answers), claim)
     # 100 pairs: of 8 + 2 acceptable and 8 + 2 unacceptable ones, ties count half; three sentences change sides
     assert fall.tolist() == pytest.approx([0.8 - 0.65] * 3 * np.array(-1))
     assert claim.sign == -1
@@ -385,7 +386,7 @@ def test_a_violation_that_is_no_number_is_a_violation():
 
 def test_rl_that_pays_nothing_for_kl_has_no_amount_to_reproduce():
     study = load_study("nano", overrides={"rl.beta": 0.0})
-    found = results(measured())._replace(study=study)
+    found = replace(results(measured()), study=study)
     rows = claims.judge_claims(found)
     # where RL takes the base has no closed form either, so that B is not predicted
     assert {(row["predicted"], row["predicted_from_policies"]) for row in rows} == {(None, None)}

@@ -1,5 +1,7 @@
 """Controls and joint training: verdicts on policies made by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -82,14 +84,14 @@ def test_rl_is_compared_with_random_labels_per_nat_by_hand():
     labels = np.tile([1] * 9 + [0], 4)
     runs = {"sft": 0.9, "sft-rl": 0.99, "sft-rl-random": 0.6}
     answers = [policy(run, np.full(40, logit(p)), labels) for run, p in runs.items()]
-    calibrated = found._replace(answers=pd.concat(answers))
+    calibrated = replace(found, answers=pd.concat(answers))
     assert controls.slope_difference(calibrated).tolist() == pytest.approx([0, 0, 0])
     note = controls.distances_note(calibrated)
     kl = {p: 0.9 * np.log(0.9 / p) + 0.1 * np.log(0.1 / (1 - p)) for p in (0.99, 0.6)}
     assert note == f"KL(p_SFT || p): sft-rl {kl[0.99]:.3f}, sft-rl-random {kl[0.6]:.3f} nats"
     # RL that learns the last label of ten as well lowers the loss where random labels raise it
     learnt = policy("sft-rl", odds_of(0.99, labels), labels)
-    slopes = controls.slope_difference(found._replace(answers=pd.concat([*answers[::2], learnt])))
+    slopes = controls.slope_difference(replace(found, answers=pd.concat([*answers[::2], learnt])))
     loss = -0.9 * np.log(0.9) - 0.1 * np.log(0.1)
     moved = 0.9 * kl[0.99] + 0.1 * (0.9 * np.log(0.9 / 0.01) + 0.1 * np.log(0.1 / 0.99))
     assert slopes.tolist() == pytest.approx([(-np.log(0.99) - loss) / moved - 1] * 3)

@@ -1,5 +1,7 @@
 """The geometry chapter: how long, when and along which directions, from tables made by hand."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -93,8 +95,10 @@ def paths_table(cost=1.0):
 
 def chapter(gradients=None, paths=None, changed=0.0):
     found = results_of(STUDY, answers(changed))
-    return found._replace(
-        gradients=gradients_table() if gradients is None else gradients, paths=paths_table() if paths is None else paths
+    return replace(
+        found,
+        gradients=gradients_table() if gradients is None else gradients,
+        paths=paths_table() if paths is None else paths,
     )
 
 
@@ -197,7 +201,7 @@ def test_what_was_not_run_is_not_run():
 
 def test_a_published_model_has_no_starts_between():
     study = load_study("laptop")
-    found = chapter()._replace(study=study)
+    found = replace(chapter(), study=study)
     rows = {row["id"]: row for row in judged(found)}
     assert rows["G3"]["verdict"] == rows["G4"]["verdict"] == "not run"
     assert geometry.geometry_file(found)["threshold"] is None

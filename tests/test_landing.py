@@ -1,6 +1,7 @@
 """Where RL was to land and where it did, what decoding gets, theory.json, and the identities: all on known policies."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -144,7 +145,7 @@ def test_train_against_dev_by_hand():
         )
         for s, rise in (("dev", 0.2), ("train", 0.1))
     ]
-    found = landing.train_against_dev(constant()._replace(metrics=pd.concat(splits)))
+    found = landing.train_against_dev(replace(constant(), metrics=pd.concat(splits)))
     predicts, remembers = (math.log(0.75 / sharper(0.75, by / BETA)) for by in (1.0, 2.0))
     assert {name: change.tolist() for name, change in found.items()} == {  # the profile's dev_out was not measured
         "measured on dev": pytest.approx([0.2, 0.3, 0.4]),

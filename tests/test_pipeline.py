@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +18,7 @@ import pytest
 
 from making import REPOSITORY, environment, is_over, make, place_sbatch, script_of_docs, until
 from nondecoupling.study import folders
-from nondecoupling.study.results import Results, collect, read_results, write_results
+from nondecoupling.study.results import collect, read_results, write_results
 from nondecoupling.study.study import load_study
 from nondecoupling.task import grammar
 from nondecoupling.workflow import executor, graph, reference
@@ -161,7 +162,8 @@ def test_a_study_is_verified_against_its_profiles_reference(copied, monkeypatch,
     found = read_results(STUDY, copied)
     metrics = found.metrics.assign(sft_loss=found.metrics["sft_loss"] + (found.metrics["run"] == "sft-rl") * 9)
     provenance = found.provenance | {"parameters": changed.profile.model_dump()}
-    write_results(Results(changed, folders.study_folder(changed), metrics, *found[3:8], provenance))
+    folder = folders.study_folder(changed)
+    write_results(replace(found, study=changed, folder=folder, metrics=metrics, provenance=provenance))
     assert main(["verify", "--profile=tiny", "--set=rl.beta=1.0"]) == 1
     printed = capsys.readouterr()
     said = " ".join(printed.out.split())

@@ -1,6 +1,7 @@
 """What a perfect learner and a policy's own belief predict, by hand for policies made by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -94,7 +95,7 @@ def test_own_belief_by_hand_reads_no_policy_that_it_predicts():
     results = measured(load_study("nano", overrides={"rl.beta": beta}), base=0.6)
     assert predictions.from_policies(results) == pytest.approx(expected)
     trained = results.answers["run"].isin(["sft-rl", "rl", "rl-sft"])
-    unseen = results._replace(answers=results.answers[~trained], metrics=results.final("base"))
+    unseen = replace(results, answers=results.answers[~trained], metrics=results.final("base"))
     assert predictions.from_policies(unseen) == pytest.approx(expected)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from html import unescape
 from typing import get_args
 
@@ -191,7 +192,7 @@ def test_same_numbers_give_the_same_figures_and_the_reference_none(tmp_path, mon
 def test_settings_that_differ_from_the_profile_are_named(finished):
     results, changed = finished("nano"), load_study("nano", overrides={"rl.steps": 24, "sft.steps": 30})
     assert "Changed settings" not in page_of(results)
-    page = report.render_report(report.content_of(results._replace(study=changed)))
+    page = report.render_report(report.content_of(replace(results, study=changed)))
     shown = page.partition("<dt>Changed settings</dt>")[2].partition("</dd>")[0]
     assert changed.chosen <= set(re.findall(r"<code>([^=<]+)=", shown))
     assert "<code>rl.steps=24</code>" in shown
@@ -202,5 +203,5 @@ def test_a_study_of_ones_own_says_how_it_agrees_with_the_reference(finished):
     reference = f"{len(results.seeds)} replications could come from the reference's {len(results.seeds)}"
     assert re.search(rf"<dt>Reference</dt>\s*<dd>PASS: \d+ quantities of {reference}", unescape(page_of(results)))
     worse = results.metrics.assign(sft_loss=results.metrics["sft_loss"] + 0.1 * results.metrics["seed"])
-    assert report.content_of(results._replace(metrics=worse))["agreement"].startswith("FAIL: ")
-    assert report.content_of(results._replace(folder=REFERENCES / "nano"))["agreement"] is None
+    assert report.content_of(replace(results, metrics=worse))["agreement"].startswith("FAIL: ")
+    assert report.content_of(replace(results, folder=REFERENCES / "nano"))["agreement"] is None

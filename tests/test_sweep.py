@@ -1,6 +1,7 @@
 """The sweep of beta: which runs belong together, what each moved, and when training counts as settled."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -239,7 +240,7 @@ def test_the_crossing_by_hand():
     results = above_base(below | above | {"sft-rl": [0.65, 0.6, 0.55]})
     found = sweep.crossing(results)
     assert is_a(Crossing, found)
-    assert sweep.crossing(results._replace(metrics=results.metrics.iloc[::-1])) == found  # rows in any order
+    assert sweep.crossing(replace(results, metrics=results.metrics.iloc[::-1])) == found  # rows in any order
     first, second = math.sqrt(0.5), 0.5**0.25  # half, and a quarter, of the way from 1 to 0.5
     assert found["by_seed"] == [pytest.approx(first), pytest.approx(second), None]
     assert found["measured"]["mean"] == pytest.approx(math.sqrt(first * second))

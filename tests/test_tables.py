@@ -1,6 +1,7 @@
 """Rows and metrics as a reader sees them."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -179,7 +180,7 @@ def test_who_pays_and_the_crossing_are_said_with_their_numbers():
 def timed(found, seconds, gpu=None):
     """``found``, made on one machine in so many seconds by run."""
     shared = {"shared": {"cpu": "a CPU", "gpu": gpu}}
-    return found._replace(costs=costs_of(seconds, found.seeds), provenance=found.provenance | shared)
+    return replace(found, costs=costs_of(seconds, found.seeds), provenance=found.provenance | shared)
 
 
 def test_the_cost_of_a_replication_is_a_mean_by_group_of_what_was_run():
@@ -198,14 +199,14 @@ def test_the_cost_of_a_replication_is_a_mean_by_group_of_what_was_run():
 def test_a_run_that_serves_all_replications_costs_each_its_part():
     found = timed(results_of(load_study("nano")), {"base": 60, "sft": 10})
     once = found.costs.drop(index=[1, 2])  # one row of the base
-    assert " took 30 s for both" in tables.cost_sentence(found._replace(costs=once))
+    assert " took 30 s for both" in tables.cost_sentence(replace(found, costs=once))
 
 
 def test_runs_that_did_not_finish_and_policies_that_collapsed_are_counted():
     one_collapsed = {"predicted_acceptable_rate": [1.0, 0.7, 0.7], "mcc": [0.0, 0.5, 0.5]}
     found = results_of(load_study("nano"), metrics=metrics_of({"base": {}, "sft": one_collapsed}))
     found = timed(found, {"base": [30, 60, 90], "sft": [9, 9, 9]})
-    assert tables.runs_sentence(found._replace(costs=found.costs.iloc[1:])) == (
+    assert tables.runs_sentence(replace(found, costs=found.costs.iloc[1:])) == (
         f"5 of {3 * len(found.study.runs)} runs of the plan finished, for 3 seeds; 1 of 6 policies collapsed."
     )
 

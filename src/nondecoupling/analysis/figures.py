@@ -340,7 +340,7 @@ def draw_changes(axes: Axes, rows: list[ClaimRow]) -> None:
         if points:
             x, y = zip(*points, strict=True)
             face = colour if key == "estimate" else "none"
-            style = {"marker": mark, "facecolor": face, "edgecolor": colour, "linewidth": 1.6}
+            style: dict[str, Any] = {"marker": mark, "facecolor": face, "edgecolor": colour, "linewidth": 1.6}
             axes.scatter(x, y, s=80, label=words, zorder=3, **style)
     for place, row in enumerate(rows):
         if row["ci95"]:

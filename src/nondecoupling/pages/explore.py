@@ -5,6 +5,7 @@ Nothing is written and nothing is trained here.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from html import escape
 from importlib.util import find_spec
@@ -380,7 +381,7 @@ def changed_answers(results: Results, before: str, after: str, seed: int | None)
     "wrong" by the label as given.
     """
     seeds = results.seeds if seed is None else [seed]
-    found = results._replace(answers=results.answers[results.answers["run"].isin([before, after])])
+    found = replace(results, answers=results.answers[results.answers["run"].isin([before, after])])
     one, two = (
         pd.concat([found.answers_of(run, seed) for seed in seeds], ignore_index=True) for run in (before, after)
     )

@@ -12,8 +12,10 @@ A run that serves all seeds has rows for each of them, so that runs can be paire
 
 from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -36,7 +38,8 @@ DEV_ANSWERS = folders.answers_file("dev")
 Records = dict[tuple[str, int], RunFile]  # by run and seed
 
 
-class Results(NamedTuple):
+@dataclass(frozen=True)
+class Results:
     """The tables of a study, and the folder that they were read from."""
 
     study: Study
@@ -77,10 +80,15 @@ class Results(NamedTuple):
 
     def answers_of(self, run: str, seed: int) -> pd.DataFrame:
         """A policy's answers on dev, a row per sentence; KeyError if the tables do not have them."""
-        table = self.answers[(self.answers["run"] == run) & (self.answers["seed"] == seed)]
-        if not len(table):
+        if (run, seed) not in self._answers_by_policy:
             raise KeyError(f"the results in {self.folder} have no answers of '{run}', seed {seed}")
-        return table.reset_index(drop=True)
+        return self._answers_by_policy[run, seed].copy()
+
+    @cached_property
+    def _answers_by_policy(self) -> dict[tuple[str, int], pd.DataFrame]:
+        """Of hundreds of thousands of rows no one wants to look for a policy's each time."""
+        parts = self.answers.groupby(["run", "seed"], sort=False)
+        return {(run, seed): table.reset_index(drop=True) for (run, seed), table in parts}
 
     def read(self, name: str) -> Any:
         """A JSON file that was made from these tables and is beside them; None where it was not made."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def publish_reference(found: Results, rules: pd.DataFrame, reference: Path) -> N
     (reference / "figures").mkdir(parents=True)
     answers = found.answers if found.study.profile.data.generated else found.answers.assign(sentence="")
     provenance: Any = without_paths(found.provenance)
-    results.write_results(found._replace(folder=reference, answers=answers, provenance=provenance))
+    results.write_results(replace(found, folder=reference, answers=answers, provenance=provenance))
     for name in (*(f"{summary}.json" for summary in SUMMARIES), "score.json"):
         if (found.folder / name).exists():
             shutil.copy(found.folder / name, reference / name)
