@@ -119,3 +119,28 @@ def test_levels_of_a_stage_are_means_over_the_sentences():
     dashed = [[line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"] for axes in (loss, reward)]
     assert dashed[0] == pytest.approx([np.mean(theory.calibrated_loss([0.9, 0.6]))])
     assert dashed[1] == pytest.approx([0.37, (0.64 + 0.04) / 2, (0.8 + 0.2) / 2])
+
+
+def test_text_in_a_policys_colour_can_be_read_on_white():
+    def luminance(colour):
+        channels = np.array(colour)
+        linear = np.where(channels <= 0.03928, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    for colour in figures.COLOURS.values():
+        assert 1.05 / (luminance(figures.ink(colour)) + 0.05) > 4.5
+    assert len({figures.ink(colour) for colour in figures.COLOURS.values()}) == len(figures.COLOURS)
+
+
+def test_the_plane_names_every_policy_beside_it():
+    ends = {"sft": (0.4, 0.5), "sft-rl": (0.6, 0.7), "rl": (0.6, 0.7), "rl-sft": (0.4, 0.5)}
+    paths = pd.DataFrame(
+        {"run": run, "seed": seed, "step": step, "sft_loss": loss, "reward_exact": reward}
+        for run, (loss, reward) in ends.items()
+        for seed in range(2)
+        for step in (0, 9)
+    )
+    base = pd.Series({"sft_loss": 0.8, "reward_exact": 0.2})
+    axes = figures.draw_plane(paths, base, 0.4, {}).axes[0]
+    assert {"base", "SFT", "SFT → RL", "RL", "RL → SFT", "majority answer"} <= {text.get_text() for text in axes.texts}
+    assert "comes last decides" in axes.get_title(loc="left") and axes.get_legend() is None

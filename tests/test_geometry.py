@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.special import logit
 
-from nondecoupling.analysis import geometry, geometry_figures, theory
+from nondecoupling.analysis import figures, geometry, geometry_figures, theory
 from nondecoupling.study.contracts import GeometryFile
 from nondecoupling.study.plan import STATES, starts
 from nondecoupling.study.study import load_study
@@ -240,8 +240,8 @@ def test_figures_are_drawn_and_titled_by_the_numbers(content):
 
 def test_the_story_says_that_the_last_stage_decides_where_it_does():
     alike = pd.Series({"sft": 0.38, "rl-sft": 0.39, "sft-rl": 0.6, "rl": 0.55})
-    assert "comes last decides" in geometry_figures.title_of_story(alike)
-    assert "comes last" not in geometry_figures.title_of_story(alike.replace(0.39, 0.5))
+    assert "comes last decides" in figures.title_of_story(alike)
+    assert "comes last" not in figures.title_of_story(alike.replace(0.39, 0.5))
 
 
 def test_the_story_needs_no_runs_beyond_the_main_ones():

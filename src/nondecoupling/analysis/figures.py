@@ -1,5 +1,6 @@
 """One function per figure, in seaborn's colour-blind palette; reference lines are labelled in place."""
 
+import colorsys
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from scipy.special import expit
@@ -19,6 +21,7 @@ from nondecoupling.study.plan import NAMES, WEIGHTS
 from nondecoupling.study.results import Results
 
 COLOURS = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)), strict=True))
+LABEL_GAP = 0.05  # of the height of the axes
 MIXED = {"interleaved": "by turns"} | {f"joint-m{weight}": f"joint, μ = {weight}" for weight in WEIGHTS}
 MEASURED, OWN, PERFECT = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[2], "0.55"
 
@@ -42,6 +45,12 @@ def save_figure(results: Results, figure: Figure, name: str) -> None:
         figure.savefig(folder / f"{name}.{ending}", bbox_inches="tight", dpi=150, metadata=undated)
 
 
+def ink(colour: Any) -> Any:
+    """``colour`` as dark as text of that colour must be to be read on white (4.5 to 1)."""
+    hue, lightness, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
+    return colorsys.hls_to_rgb(hue, min(lightness, 0.25), saturation)
+
+
 def t_bounds(values: pd.Series) -> tuple[float, float]:
     """The ends of a band: the 95 % t interval over seeds, as in the tables."""
     interval = mean_interval(values)
@@ -60,7 +69,38 @@ def label_ends(axes: Axes, ends: dict[str, tuple[float, Any]]) -> None:
     for text, (value, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
         place = axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], value)))[1]
         free = max(place, free + 0.07)
-        axes.text(1.02, free, text, color=colour, transform=axes.transAxes, va="center", fontsize=9)
+        axes.text(1.02, free, text, color=ink(colour), transform=axes.transAxes, va="center", fontsize=9)
+
+
+def label_points(axes: Axes, points: dict[str, tuple[float, float, Any]]) -> None:
+    """Names of points (x, y, colour) in a column at the right, each with a thin line to its point. Call it last."""
+    names = sorted(points, key=lambda name: points[name][1])
+    to_axes = axes.transAxes.inverted().transform
+    wanted = np.array([to_axes(axes.transData.transform(points[name][:2]))[1] for name in names])
+    steps = LABEL_GAP * np.arange(len(names))
+    upwards, downwards = np.maximum.accumulate(wanted - steps), np.minimum.accumulate((wanted - steps)[::-1])[::-1]
+    for name, place in zip(names, (upwards + downwards) / 2 + steps, strict=True):  # the mean of both keeps the gap
+        x, y, colour = points[name]
+        line = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.6}
+        axes.annotate(
+            name,
+            (x, y),
+            (1.03, place),
+            textcoords="axes fraction",
+            color=ink(colour),
+            va="center",
+            fontsize=9,
+            arrowprops=line,
+        )
+
+
+def title_of_story(loss: pd.Series) -> str:
+    """Whether the last stage decides where a policy ends, by the mean losses of the policies of both experiments."""
+    ends_alike = max(abs(loss["rl-sft"] - loss["sft"]), abs(loss["sft-rl"] - loss["rl"]))
+    apart = abs(min(loss["rl"], loss["sft-rl"]) - max(loss["sft"], loss["rl-sft"]))
+    if ends_alike < apart:
+        return "Whatever comes last decides where on the way from calibrated to sharp"
+    return "Where each order of stages ends, between calibrated and sharp"
 
 
 def legend_below(axes: Axes, columns: int) -> None:
@@ -140,7 +180,7 @@ def draw_pipeline(axes: Axes, trajectories: pd.DataFrame, first: str, second: st
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
             ha=side,
-            color=COLOURS[run],
+            color=ink(COLOURS[run]),
             weight="bold",
         )
     axes.set_xlabel("training steps of the two stages")
@@ -225,7 +265,7 @@ def draw_experiments(trajectories: pd.DataFrame, rows: list[ClaimRow], majority:
                 transform=axes.get_xaxis_transform(),
                 ha="center",
                 weight="bold",
-                color=COLOURS[run],
+                color=ink(COLOURS[run]),
             )
         base = trajectories[(trajectories["run"] == first) & (trajectories["step"] == 0)]
         level, words = (base["sft_loss"].mean(), "base model") if first == "sft" else (majority, "majority answer")
@@ -243,33 +283,30 @@ def draw_plane(
     ``frontiers`` maps a label to columns ``sft_loss, reward``: what RL's closed form traces as beta falls.
     """
     figure, axes = plt.subplots(figsize=(8, 5.4))
+    names: dict[str, tuple[float, float, Any]] = {}
     for (label, curve), shade in zip(frontiers.items(), ("0.35", "0.7"), strict=False):
-        axes.plot(curve["sft_loss"], curve["reward"], color=shade, linewidth=6, alpha=0.35, zorder=0, label=label)
+        axes.plot(curve["sft_loss"], curve["reward"], color=shade, linewidth=6, alpha=0.35, zorder=0)
+        sharpest = curve.loc[curve["sft_loss"].idxmax()]
+        names[label] = sharpest["sft_loss"], sharpest["reward"], shade
     mean = trajectories.groupby(["run", "step"], as_index=False)[["sft_loss", "reward_exact"]].mean()
+    axes.plot(base["sft_loss"], base["reward_exact"], "s", color=COLOURS["base"], markersize=9)
+    names[NAMES["base"]] = base["sft_loss"], base["reward_exact"], COLOURS["base"]
+    arrow = {"arrowstyle": "-|>", "linewidth": 2.4, "shrinkA": 4, "shrinkB": 2}
     for run in ("sft", "sft-rl", "rl", "rl-sft"):
-        part = mean[mean["run"] == run]
-        axes.plot(
-            part["sft_loss"], part["reward_exact"], color=COLOURS[run], marker="o", markersize=4, label=NAMES[run]
-        )
-        axes.plot(
-            part["sft_loss"].iloc[-1], part["reward_exact"].iloc[-1], color=COLOURS[run], marker="*", markersize=15
-        )
-    axes.plot(
-        base["sft_loss"],
-        base["reward_exact"],
-        color=COLOURS["base"],
-        marker="s",
-        markersize=9,
-        linestyle="none",
-        label="base",
-    )
-    label_levels(axes, {"majority answer": majority})
-    axes.set(
-        xlabel="SFT loss on dev, nats per response (lower is better)",
-        ylabel="reward of sampled answers on dev (higher is better)",
-        title="Two goals, two orders",
-    )
-    legend_below(axes, 4)
+        path = mean.loc[mean["run"] == run, ["sft_loss", "reward_exact"]]
+        start, end = path.iloc[0], path.iloc[-1]
+        axes.plot(*path.T.to_numpy(), color=COLOURS[run], marker="o", markersize=3, linewidth=1, alpha=0.6)
+        axes.annotate("", tuple(end), tuple(start), arrowprops=arrow | {"color": COLOURS[run]})
+        axes.plot(*end, "o", color=COLOURS[run], markersize=9, markeredgecolor="white")
+        names[NAMES[run]] = *end, COLOURS[run]
+    axes.axhline(majority, color="0.45", linestyle=":", linewidth=1.2, zorder=0)
+    place = axes.get_xlim()[0], majority
+    axes.annotate("majority answer", place, (4, 3), textcoords="offset points", fontsize=9, color="0.35")
+    axes.set(xlabel="SFT loss on dev, nats per response (left is better)")
+    axes.set(ylabel="reward of sampled answers on dev (up is better)")
+    last = mean.groupby("run")["sft_loss"].last()
+    axes.set_title(title_of_story(last), loc="left", weight="bold", fontsize=11)
+    label_points(axes, names)
     return figure
 
 
@@ -285,7 +322,7 @@ def draw_calibration(answers: dict[str, pd.DataFrame], levels: list[float]) -> F
     for (run, table), (above, below) in zip(answers.items(), axes.T, strict=True):
         p = pd.Series(expit(label_log_odds(table)))
         sns.histplot(x=p, bins=np.linspace(0, 1, 21), stat="probability", color=COLOURS[run], ax=above)
-        above.set_title(NAMES[run], color=COLOURS[run], weight="bold")
+        above.set_title(NAMES[run], color=ink(COLOURS[run]), weight="bold")
         for level in levels:
             above.axvline(level, color="0.25", linestyle=":")
         groups = pd.DataFrame({"p": p, "label": table["label"].to_numpy()}).groupby(
@@ -443,7 +480,7 @@ def draw_frontier(axes: Axes, q: ArrayLike, beta: float) -> None:
         ("decoding ", (level, low + 0.75 * height), "0.3"),
     ):
         side = "right" if text.endswith(" ") else "left"
-        axes.text(x, y, text, color=colour, weight="bold", ha=side)
+        axes.text(x, y, text, color=ink(colour), weight="bold", ha=side)
     axes.set(xlim=(left, level + width), ylim=(bottom, top))
     axes.set(xlabel="SFT loss L, nats per response", ylabel="reward J of sampled answers")
 

@@ -9,7 +9,16 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nondecoupling.analysis.figures import COLOURS, MIXED, OWN, PERFECT, draw_mean, label_ends
+from nondecoupling.analysis.figures import (
+    COLOURS,
+    MIXED,
+    OWN,
+    PERFECT,
+    draw_mean,
+    label_ends,
+    label_points,
+    title_of_story,
+)
 from nondecoupling.analysis.geometry import FREE, PATHS, mean_path
 from nondecoupling.analysis.measures import temperature_curve
 from nondecoupling.analysis.predictions import (
@@ -26,7 +35,6 @@ from nondecoupling.study.plan import NAMES, SHARES
 from nondecoupling.study.results import Results
 
 SFT, RL = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[3]  # the two gradients
-LABEL_GAP = 0.05  # of the height of the axes
 STORY = {"sft-rl-sft": "SFT → RL → SFT"} | MIXED
 
 
@@ -150,37 +158,6 @@ def draw_alignment(policies: list[PolicyGeometry]) -> Figure:
     for axes in (left, right):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, fontsize=9)
     return figure
-
-
-def label_points(axes: Axes, points: dict[str, tuple[float, float, Any]]) -> None:
-    """Names of points (x, y, colour) in a column at the right, each with a thin line to its point. Call it last."""
-    names = sorted(points, key=lambda name: points[name][1])
-    to_axes = axes.transAxes.inverted().transform
-    wanted = np.array([to_axes(axes.transData.transform(points[name][:2]))[1] for name in names])
-    steps = LABEL_GAP * np.arange(len(names))
-    upwards, downwards = np.maximum.accumulate(wanted - steps), np.minimum.accumulate((wanted - steps)[::-1])[::-1]
-    for name, place in zip(names, (upwards + downwards) / 2 + steps, strict=True):  # the mean of both keeps the gap
-        x, y, colour = points[name]
-        line = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.6}
-        axes.annotate(
-            name,
-            (x, y),
-            (1.03, place),
-            textcoords="axes fraction",
-            color=colour,
-            va="center",
-            fontsize=9,
-            arrowprops=line,
-        )
-
-
-def title_of_story(loss: pd.Series) -> str:
-    """Whether the last stage decides where a policy ends, by the mean losses of the policies of both experiments."""
-    ends_alike = max(abs(loss["rl-sft"] - loss["sft"]), abs(loss["sft-rl"] - loss["rl"]))
-    apart = abs(min(loss["rl"], loss["sft-rl"]) - max(loss["sft"], loss["rl-sft"]))
-    if ends_alike < apart:
-        return "Whatever comes last decides where on the way from calibrated to sharp"
-    return "Where each order of stages ends, between calibrated and sharp"
 
 
 def draw_story(results: Results) -> Figure:
