@@ -35,7 +35,8 @@ def warnings_about(metrics: dict[str, float]) -> list[str]:
         answer = "acceptable" if metrics["predicted_acceptable_rate"] > 0.5 else "unacceptable"
         found.append(
             f"COLLAPSED: it answers '{answer}' to (nearly) every sentence (MCC {metrics['mcc']:.3f}); its greedy "
-            f"reward {metrics['reward_greedy']:.3f} is that of a constant answer ({metrics['majority_reward']:.3f})."
+            f"reward {metrics['reward_greedy']:.3f} is no skill: always giving the commoner label earns "
+            f"{metrics['majority_reward']:.3f}."
         )
     if metrics["label_mass"] < LEAST_MASS:
         found.append(
