@@ -187,8 +187,9 @@ def test_the_cost_of_a_replication_is_a_mean_by_group_of_what_was_run():
     found, main = results_of(load_study("nano")), {"base": [30, 60, 90], "rl-sft": 2.4}
     assert tables.cost_sentence(timed(found, main)) == (
         "On one core (a CPU) a replication took 62 s for both experiments, besides the start of each notebook "
-        "(mean of 3)."
+        "(mean of 3); a run took at most 0.5 GiB."
     )
+    assert "a replication took 20 minutes for both" in tables.cost_sentence(timed(found, {"base": 1200}))
     everything = main | {"sft-sft": 5, "joint-m0.2": 6, "sft-rl-b5": 7, "sft-rl-b5-half": [8, 8, 11]}
     assert tables.cost_sentence(timed(found, everything, gpu="a GPU")).startswith(
         "On a GPU a replication took 62 s for both experiments, 11 s for controls and joint training, 16 s for other "
@@ -200,6 +201,19 @@ def test_a_run_that_serves_all_replications_costs_each_its_part():
     found = timed(results_of(load_study("nano")), {"base": 60, "sft": 10})
     once = found.costs.drop(index=[1, 2])  # one row of the base
     assert " took 30 s for both" in tables.cost_sentence(replace(found, costs=once))
+
+
+def test_verdicts_of_two_studies_stand_side_by_side():
+    found = {"A1": ("reproduced", "reproduced"), "A2": ("reproduced", "not reproduced"), "B1": ("reproduced",) * 2}
+    found |= {"O3": ("inconclusive", "inconclusive"), "K1": ("confirmed", "refuted")}
+    studies = {
+        name: [{"id": claim, "verdict": verdicts[place]} for claim, verdicts in found.items()]
+        for place, name in enumerate(("nano", "laptop"))
+    }
+    assert tables.verdicts_sentence(studies) == (
+        "Side by side: A1 and B1 reproduced in both; A2 reproduced in `nano`, not reproduced in `laptop`; "
+        "O3 inconclusive in both."
+    )
 
 
 def test_runs_that_did_not_finish_and_policies_that_collapsed_are_counted():

@@ -249,7 +249,10 @@ def seconds_of(costs: pd.DataFrame) -> pd.Series:
 
 
 def cost_sentence(results: Results) -> str:
-    """How long a replication takes, by group of the plan, and on what: mean over replications of one core's seconds."""
+    """How long a replication takes, by group of the plan, and on what: mean over replications of one core's time.
+
+    And the most memory that one of the runs took.
+    """
     seconds, shared = seconds_of(results.costs), results.provenance["shared"]
     words = {
         "main": "both experiments",
@@ -262,10 +265,12 @@ def cost_sentence(results: Results) -> str:
         runs = [run.name for run in results.study.runs if run.group == group]
         total = seconds[results.costs["run"].isin(runs)].sum()
         if total:
-            parts.append(f"{total / len(results.seeds):.0f} s for {what}")
+            mean = total / len(results.seeds)
+            parts.append(f"{mean:.0f} s for {what}" if mean < 600 else f"{mean / 60:.0f} minutes for {what}")
     machine = shared["gpu"] or f"one core ({shared['cpu'].partition(',')[0]})"
     took = f"On {machine} a replication took {', '.join(parts)}, besides the start of each notebook"
-    return f"{took} (mean of {len(results.seeds)})."
+    memory = results.costs["peak_memory_bytes"].max() / 2**30
+    return f"{took} (mean of {len(results.seeds)}); a run took at most {memory:.1f} GiB."
 
 
 def runs_sentence(results: Results) -> str:
@@ -276,6 +281,20 @@ def runs_sentence(results: Results) -> str:
         f"{len(results.costs)} of {planned} runs of the plan finished, for {len(results.seeds)} seeds; "
         f"{int(is_collapsed(policies).sum())} of {len(policies)} policies collapsed."
     )
+
+
+def verdicts_sentence(studies: dict[str, list[ClaimRow]]) -> str:
+    """Which claims about the two experiments have one verdict in all of ``studies`` (rows by name), and which not."""
+    verdicts = pd.DataFrame({name: {row["id"]: row["verdict"] for row in rows} for name, rows in studies.items()})
+    verdicts = verdicts[verdicts.index.str[0].isin(list("ABO"))].dropna()
+    parts = []
+    for found, of in verdicts.groupby(list(verdicts), sort=False).groups.items():
+        *before, last = of
+        ids = f"{', '.join(before)} and {last}" if before else last
+        everywhere = f"{found[0]} in {'both' if len(found) == 2 else f'all {len(found)}'}"
+        apart = ", ".join(f"{verdict} in `{name}`" for name, verdict in zip(verdicts, found, strict=True))
+        parts.append(f"{ids} {everywhere if len(set(found)) == 1 else apart}")
+    return f"Side by side: {'; '.join(parts)}."
 
 
 # Tables in documents
