@@ -284,7 +284,12 @@ def runs_sentence(results: Results) -> str:
 
 
 def verdicts_sentence(studies: dict[str, list[ClaimRow]]) -> str:
-    """Which claims about the two experiments have one verdict in all of ``studies`` (rows by name), and which not."""
+    """Which claims about the two experiments have one verdict in all of ``studies`` (rows by name), and which not.
+
+    Empty for a single study.
+    """
+    if len(studies) < 2:
+        return ""
     verdicts = pd.DataFrame({name: {row["id"]: row["verdict"] for row in rows} for name, rows in studies.items()})
     verdicts = verdicts[verdicts.index.str[0].isin(list("ABO"))].dropna()
     parts = []
