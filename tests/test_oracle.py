@@ -182,3 +182,95 @@ def test_only_this_studys_settings_follow_the_gradient_of_the_objective():
     assert expected("this study") == pytest.approx((G - 1) / G * exact)
     for variant in set(VARIANTS) - {"this study", "rloo"}:
         assert abs(expected(variant) / ((G - 1) / G * exact) - 1) > 0.05, variant
+
+
+SEVERAL = [[first, second] for first in (0, 1) for second in (0, 1, 2)] + [[2]]  # all answers of at most two tokens
+END = 2
+
+
+def altered(model: Qwen3ForCausalLM, seed: int) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.5 * torch.randn_like(weight))
+    return model
+
+
+def token_log_probabilities(model: Qwen3ForCausalLM, answer: list[int]) -> torch.Tensor:
+    """(tokens, vocabulary) log p before each token of ``answer``."""
+    return model(torch.tensor([QUESTION + answer])).logits[0, len(QUESTION) - 1 : -1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_of_several_decisions_rloo_takes_the_gradient_of_the_kl_and_grpo_that_of_each_tokens_alone(algorithm, tmp_path):
+    """What GRPO leaves out is what a token does to the KL of later ones: nothing, where an answer is one decision."""
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 4}
+    config = Qwen3Config(vocab_size=3, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False, **shape)
+    altered(Qwen3ForCausalLM(config), 0).save_pretrained(tmp_path)
+    reference, model = (
+        Qwen3ForCausalLM.from_pretrained(tmp_path),
+        altered(Qwen3ForCausalLM.from_pretrained(tmp_path), 1),
+    )
+    words = Tokenizer(models.WordLevel({"no": 0, "yes": 1, "end": END}, unk_token="no"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="end", pad_token="end")
+
+    whole, alone = torch.zeros(()), torch.zeros(())
+    chance = []
+    for answer in SEVERAL:
+        now, before = token_log_probabilities(model, answer), token_log_probabilities(reference, answer).detach()
+        said, once = (table.gather(-1, torch.tensor(answer)[:, None]).sum() for table in (now, before))
+        whole = whole + said.exp() * (said - once)
+        alone = alone + said.exp().detach() * (now.exp() * (now - before)).sum()
+        chance.append(float(said.detach().exp()))
+    assert sum(chance) == pytest.approx(1)
+    torch.testing.assert_close(whole, alone)  # the same KL; only its gradients differ
+    gradients = {}
+    for name, value in (("whole", whole), ("alone", alone)):
+        model.zero_grad()
+        value.backward(retain_graph=True)
+        gradients[name] = flat_gradient(model)
+    assert (gradients["whole"] - gradients["alone"]).norm() > 0.05 * gradients["whole"].norm()
+
+    handed: list[list[int]] = []
+    told = {
+        "output_dir": str(tmp_path),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+    }
+    told |= {"gradient_checkpointing": False, "use_cpu": True, "num_generations": 2, "per_device_train_batch_size": 2}
+    told |= {"max_completion_length": 2, "beta": 1.0}
+    known = {"train_dataset": Dataset.from_dict({"prompt": ["no"]}), "processing_class": tokenizer}
+
+    class HandedRLOOTrainer(RLOOTrainer):
+        def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+            return handed
+
+        def _tokenize_prompts(self, prompts):
+            return [QUESTION] * len(prompts), None, {}
+
+    def hand_over(prompts, trainer):
+        return {"prompt_ids": [QUESTION] * len(prompts), "completion_ids": handed, "logprobs": None}
+
+    def nothing(completion_ids, **_):
+        return [0.0] * len(completion_ids)
+
+    if algorithm == "rloo":
+        trainer = HandedRLOOTrainer(model, nothing, RLOOConfig(**told), **known)
+        groups = list(itertools.product(range(len(SEVERAL)), repeat=2))
+        expected, scale = gradients["whole"], 1.0
+    else:
+        config = GRPOConfig(**told, loss_type="dr_grpo", scale_rewards="none", use_bias_correction_kl=True)
+        trainer = GRPOTrainer(model, nothing, config, rollout_func=hand_over, **known)
+        groups = [(number, number) for number in range(len(SEVERAL))]  # without rewards, each answer is for itself
+        expected, scale = gradients["alone"], 1 / told["max_completion_length"]
+    trainer.current_gradient_accumulation_steps = 1
+    found = torch.zeros_like(expected)
+    for first, second in groups:
+        handed[:] = [SEVERAL[first], SEVERAL[second]]
+        model.zero_grad()
+        batch = trainer._generate_and_score_completions([{"prompt": "no"}] * 2)
+        trainer.compute_loss(model, batch).backward()
+        found += flat_gradient(model) * (chance[first] * chance[second] if algorithm == "rloo" else chance[first])
+    torch.testing.assert_close(found, scale * expected, rtol=1e-3, atol=1e-5)
