@@ -5,7 +5,7 @@ import pytest
 from ipywidgets import Dropdown, IntSlider, SelectMultiple
 from matplotlib import pyplot as plt
 
-from nondecoupling.analysis import theory
+from nondecoupling.analysis import geometry, theory
 from nondecoupling.pages import explore
 from nondecoupling.study import folders
 from nondecoupling.study.plan import NAMES, STATES
@@ -127,6 +127,19 @@ def test_measured_rises_are_those_of_the_claims(nano):
     by_beta = rises.groupby("beta")["rise"].mean()
     # T4 is of the two labels, renormalised
     assert by_beta[5.0] == pytest.approx(measured["T4-b5"], abs=1e-3)
+
+
+def test_a_stop_shows_what_was_earned_and_paid_up_to_there(nano, mine):
+    path = geometry.mean_path(nano, "plain", 3)
+    for share, step in ((0.0, 0), (1.0, path.index.max())):
+        figure = explore.draw_stopped(nano, 3, share)
+        (here,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+        assert (here.get_xdata()[0], here.get_ydata()[0]) == pytest.approx(tuple(path.loc[step, ["reward", "loss"]]))
+    assert "(100% of the way's gain for 100% of its price)" in figure.axes[0].get_title()
+    means = [geometry.mean_path(nano, "plain", seed)["loss"].iloc[-1] for seed in nano.seeds]
+    assert f"for {np.mean(means):+.3f} nats" in explore.draw_stopped(nano, None, 1.0).axes[0].get_title()
+    with pytest.raises(ValueError, match="make geometry does"):
+        explore.draw_stopped(explore.find_studies()["mine"], None, 0.5)
 
 
 def test_changed_answers_are_counted_by_source(tmp_path):

@@ -5,7 +5,6 @@ Nothing is written and nothing is trained here.
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from html import escape
 from importlib.util import find_spec
@@ -21,7 +20,7 @@ from ipywidgets import Box, Dropdown, FloatLogSlider, FloatSlider, Layout, Value
 from matplotlib.figure import Figure
 from scipy.special import expit
 
-from nondecoupling.analysis import figures, theory
+from nondecoupling.analysis import figures, geometry, theory
 from nondecoupling.analysis.predictions import label_log_odds
 from nondecoupling.study import folders
 from nondecoupling.study.plan import NAMES, STATES
@@ -257,6 +256,38 @@ def rises_after_sft(measured: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"beta": after["beta"], "rise": after["sft_loss"] - after["seed"].map(before)}).dropna()
 
 
+# How long
+
+
+def draw_stopped(results: Results, seed: int | None, share: float) -> Figure:
+    """Ascent on the exact reward from the SFT policy, stopped after ``share`` of its way: what it earned and cost.
+
+    Mean over replications where ``seed`` is None. Dashed is what the SFT policy itself predicts to second order, as far
+    as it predicts a gain.
+    """
+    seeds = sorted(set(results.paths["seed"])) if seed is None else [seed]
+    paths = [geometry.mean_path(results, "plain", one) for one in seeds if one in set(results.paths["seed"])]
+    if not paths:
+        raise ValueError("This study has not followed its gradients; make geometry does, and the reference has.")
+    path = pd.concat(paths).groupby(level=0).mean()
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    axes.plot(path["reward"], path["loss"], color=figures.COLOURS["sft-rl"], linewidth=2.4, label="measured")
+    rising = path.iloc[: int(path["reward_second"].to_numpy().argmax()) + 1]
+    axes.plot(rising["reward_second"], rising["loss_second"], "--", color="0.4", label="as the SFT policy predicts it")
+    here = {name: float(np.interp(share * path.index.max(), path.index, path[name])) for name in ("reward", "loss")}
+    axes.plot(here["reward"], here["loss"], "o", color="black", markersize=9, clip_on=False)
+    high = path[["reward", "loss"]].max()
+    axes.set(xlim=(-0.02 * high["reward"], 1.05 * high["reward"]), ylim=(-0.05 * high["loss"], 1.1 * high["loss"]))
+    axes.set(xlabel="gain of the reward of sampled answers", ylabel="rise of the SFT loss, nats")
+    gained, paid = here["reward"] / path["reward"].iloc[-1], here["loss"] / path["loss"].iloc[-1]
+    axes.set_title(
+        f"stopped here: {here['reward']:+.3f} reward for {here['loss']:+.3f} nats\n"
+        f"({gained:.0%} of the way's gain for {paid:.0%} of its price)"
+    )
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    return figure
+
+
 # A sentence under every policy
 
 
@@ -381,9 +412,8 @@ def changed_answers(results: Results, before: str, after: str, seed: int | None)
     "wrong" by the label as given.
     """
     seeds = results.seeds if seed is None else [seed]
-    found = replace(results, answers=results.answers[results.answers["run"].isin([before, after])])
     one, two = (
-        pd.concat([found.answers_of(run, seed) for seed in seeds], ignore_index=True) for run in (before, after)
+        pd.concat([results.answers_of(run, seed) for seed in seeds], ignore_index=True) for run in (before, after)
     )
     p = [expit(label_log_odds(table)) for table in (one, two)]
     table = one[["sentence", "source", "label"]].assign(p_before=p[0], p_after=p[1])
