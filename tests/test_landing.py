@@ -242,6 +242,20 @@ def test_sides_are_told_by_whole_intervals():
     assert landing.sides_in_words(gaps) == "more than predicted: x, w; less: y; not told apart from it: z."
 
 
+def test_rl_that_cannot_tell_sentences_apart_is_paid_for_the_commoner_answer():
+    """Three of four labels are 1: saying 1 earns 0.5 on average, saying 0 as much less than nothing."""
+    labels = [1, 1, 1, 0]
+    runs = [policy("base", 0.0, labels, mass=0.6), policy("rl", odds_of(0.9, labels), labels)]
+    found = landing.uninformed_rl(results_of(STUDY, runs))
+    weights = np.array([0.3 * math.exp(-0.5 / BETA), 0.3 * math.exp(0.5 / BETA), 0.4 * math.exp(-1 / BETA)])
+    wrong, right, _ = weights / weights.sum()
+    assert found["loss_uninformed"]["mean"] == pytest.approx(-(3 * math.log(right) + math.log(wrong)) / 4)
+    assert found["reward_uninformed"]["mean"] == pytest.approx((3 * right + wrong) / 2 - 1)
+    assert (found["loss"]["mean"], found["reward"]["mean"]) == pytest.approx((-math.log(0.9), 0.8))
+    free = load_study("nano", overrides={"rl.beta": 0.0})
+    assert landing.uninformed_rl(results_of(free, runs)) is None
+
+
 # theory.json
 
 

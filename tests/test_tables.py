@@ -163,17 +163,26 @@ def change(measured, own):
 def test_who_pays_and_the_crossing_are_said_with_their_numbers():
     payers = [{"q": 0.98, **change(-0.01, 0.04)}, {"q": 0.9, **change(0.2, 0.2)}, {"q": 0.75, **change(0.33, 0.39)}]
     crossing = {"measured": {"mean": 0.6, "ci95": [0.4, 0.9]}, "by_seed": [0.5, None, 0.7]}
-    who, where = tables.theory_sentences({"who_pays": payers, "crossing": crossing})
+    who, where = tables.theory_sentences({"who_pays": payers, "uninformed": None, "crossing": crossing})
     assert "by +0.330 [+0.230, +0.430] nats where 25% of the annotators disagree (own belief +0.390)" in who
     assert "and by -0.010 [-0.110, +0.090] nats where 2% of the annotators disagree (own belief +0.040)." in who
     assert where == (
         "As β falls, RL after SFT comes to end above the base's SFT loss at β* = 0.60 [0.40, 0.90], in 2 of 3 "
         "replications."
     )
-    assert tables.theory_sentences({"who_pays": [], "crossing": None}) == []
+    assert tables.theory_sentences({"who_pays": [], "uninformed": None, "crossing": None}) == []
     nowhere = {"measured": None, "by_seed": [None, None]}
-    assert tables.theory_sentences({"who_pays": [], "crossing": nowhere}) == [
+    assert tables.theory_sentences({"who_pays": [], "uninformed": None, "crossing": nowhere}) == [
         "RL after SFT ends at the base's SFT loss at no β of the sweep."
+    ]
+
+
+def test_what_rl_found_out_from_the_base_is_a_sentence():
+    ends = {name: {"mean": mean, "ci95": None} for name, mean in (("loss", 0.6), ("reward", 0.66))}
+    ends |= {f"{name}_uninformed": {"mean": mean, "ci95": None} for name, mean in (("loss", 0.99), ("reward", 0.03))}
+    assert tables.theory_sentences({"who_pays": [], "uninformed": ends, "crossing": None}) == [
+        "RL from the base ends at an SFT loss of 0.600 and a reward of +0.660; ideal RL that cannot tell sentences "
+        "apart would end at 0.990 and +0.030."
     ]
 
 
@@ -234,7 +243,7 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
         return tables.document_parts(timed(found, {"sft": 10}))
 
     folders.write_json(tmp_path / "claims.json", rows + controls_not_run(study))
-    folders.write_json(tmp_path / "theory.json", {"sweep": None, "who_pays": [], "crossing": None})
+    folders.write_json(tmp_path / "theory.json", {"sweep": None, "who_pays": [], "uninformed": None, "crossing": None})
     without = parts(MEASURED)
     assert list(without) == ["nano", "nano, findings", "nano, cost", "nano, runs"]
     found = tables.markdown_table(tables.findings_table(rows))  # of the paper's claims and ours beside them alone
@@ -245,7 +254,9 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     assert "| A1: RL after SFT raises the SFT loss | rises sharply | +0.200 |" in without["nano"]
     assert "| SFT → RL | 0.560 |" in without["nano"]
     assert not any(words in without["nano"] for words in ("| K1:", "| β |", "not run"))
-    folders.write_json(tmp_path / "theory.json", {"sweep": [sweep_entry()], "who_pays": [], "crossing": None})
+    folders.write_json(
+        tmp_path / "theory.json", {"sweep": [sweep_entry()], "who_pays": [], "uninformed": None, "crossing": None}
+    )
     runs = MEASURED | {run.name: {} for run in study.runs_of("controls") if run.stage != "reward_model"}
     everything = parts(runs | {"reward-model": {}})
     assert list(everything) == ["nano", "nano, controls", "nano, findings", "nano, cost", "nano, runs"]

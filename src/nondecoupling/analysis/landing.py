@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
-from scipy.special import expit, log_expit, logit
+from scipy.special import expit, log_expit, log_softmax, logit
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.identities import identity_gaps
@@ -25,6 +25,7 @@ from nondecoupling.study.contracts import (
     TheoryFile,
     Tilt,
     TiltBin,
+    Uninformed,
 )
 from nondecoupling.study.plan import STATES
 from nondecoupling.study.profile import Profile
@@ -150,6 +151,35 @@ def tilt_bin(place: int, part: pd.DataFrame, sentences: int) -> TiltBin:
         ideal_shift=float(means["ideal"].mean()),
         measured_shift=over_seeds(means["measured"]),
     )
+
+
+def uninformed_rl(results: Results) -> Uninformed | None:
+    """Where RL from the base ended, beside ideal RL from there of one who cannot tell sentences apart (ours).
+
+    Such a learner knows no more than how often each answer is right, a share a of "acceptable": the base's two answers
+    are tilted by 1 - 2a and 2a - 1, and whatever else it says by -1 (`theory.tilt`). None where beta is 0.
+    """
+    beta, ends = results.study.settings_of(results.study.run("rl")).rl.beta, []
+    if beta == 0:
+        return None
+    for seed in results.seeds:
+        base, after = (results.answers_of(run, seed) for run in ("base", "rl"))
+        labels, share = base["label"].to_numpy(), base["label"].mean()
+        said, ended = (table[["logp_unacceptable", "logp_acceptable"]].to_numpy(dtype=float) for table in (base, after))
+        rest = np.log(np.clip(1 - np.exp(said).sum(1), np.finfo(float).tiny, None))
+        policy = log_softmax(np.column_stack([said, rest]), axis=1)
+        ideal = theory.tilt(policy, np.broadcast_to([1 - 2 * share, 2 * share - 1, -1], policy.shape), beta)
+        of_label, of_ideal = (logp[np.arange(len(labels)), labels] for logp in (ended, ideal))
+        ends.append(
+            {
+                "loss": -of_label.mean(),
+                "reward": (2 * np.exp(of_label) - 1).mean(),
+                "loss_uninformed": -of_ideal.mean(),
+                "reward_uninformed": (2 * np.exp(of_ideal) - 1).mean(),
+            }
+        )
+    table = pd.DataFrame(ends)
+    return Uninformed(**{name: over_seeds(table[name]) for name in table})  # type: ignore[typeddict-item]
 
 
 def train_against_dev(results: Results) -> dict[str, np.ndarray]:
@@ -324,6 +354,7 @@ def theory_file(results: Results, per_seed: pd.DataFrame | None) -> TheoryFile:
         "levels": levels(results),
         "temperatures": calibration(results),
         "runs": landings(results),
+        "uninformed": uninformed_rl(results),
         "who_pays": who_pays(results),
         "tilts": tilt_calibration(results),
         "identity_gaps": identity_gaps(EXAMPLE_Q, profile.rl.answers_per_prompt),

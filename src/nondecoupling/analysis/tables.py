@@ -221,7 +221,7 @@ def paper_numbers_table() -> pd.DataFrame:
 
 
 def theory_sentences(content: TheoryFile) -> list[str]:
-    """Who pays for RL's reward, and at which beta RL ends at the base's loss, in sentences with their numbers."""
+    """Who pays for RL's reward, what RL found out from the base, and at which beta it ends at the base's loss."""
     found = []
     if payers := content["who_pays"]:
         parts = [
@@ -230,6 +230,12 @@ def theory_sentences(content: TheoryFile) -> list[str]:
             for payer in (payers[-1], payers[0])
         ]
         found.append(f"Who pays: RL after SFT changes the SFT loss by {' and by '.join(parts)}.")
+    if blind := content["uninformed"]:
+        found.append(
+            f"RL from the base ends at an SFT loss of {shown(blind['loss'], '.3f')} and a reward of "
+            f"{shown(blind['reward'])}; ideal RL that cannot tell sentences apart would end at "
+            f"{shown(blind['loss_uninformed'], '.3f')} and {shown(blind['reward_uninformed'])}."
+        )
     crossing = content["crossing"]
     if crossing and not crossing["measured"]:
         found.append("RL after SFT ends at the base's SFT loss at no β of the sweep.")

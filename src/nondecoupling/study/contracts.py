@@ -194,6 +194,15 @@ class Agreement(TypedDict):
     share: float  # of the dev sentences of all seeds
 
 
+class Uninformed(TypedDict):
+    """RL from the base, beside ideal RL from there that cannot tell sentences apart."""
+
+    loss: OverSeeds  # measured
+    reward: OverSeeds
+    loss_uninformed: OverSeeds
+    reward_uninformed: OverSeeds
+
+
 class TheoryFile(TypedDict):
     """theory.json: what the mathematics says about a study's runs, next to what they measured."""
 
@@ -208,6 +217,7 @@ class TheoryFile(TypedDict):
     levels: list[Level]
     temperatures: dict[str, OverSeeds]  # of least loss, by policy: 1 is calibrated, more is overconfident
     runs: list[Landing]
+    uninformed: Uninformed | None  # None where beta is 0
     who_pays: list[Payer]  # by falling q; empty where q(x) is unknown or beta is 0
     tilts: list[Tilt]  # of sft-rl and of rl; empty where beta is 0
     identity_gaps: dict[str, float]  # largest violation of each identity on random problems
