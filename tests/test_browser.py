@@ -281,9 +281,9 @@ def test_lab_opens_tour_and_explore_which_runs_and_answers_its_bar(browser, lab_
         return next((element for element in found if text in element.text and element.is_displayed()), None)
 
     def plane() -> str:
-        """The picture of the closed forms, the second of the notebook."""
+        """The picture of the closed forms, the last but one of the notebook."""
         pictures = "return [...document.querySelectorAll('.jp-OutputArea-output img')].map(image => image.src)"
-        return browser.execute_script(pictures)[-1]
+        return browser.execute_script(pictures)[-2]
 
     def outputs() -> int:
         """How many cells of explore show an output."""
