@@ -4,6 +4,8 @@ How this differs from trl's defaults, and why:
 
 * The gradient is that of the theory's objective: loss "dr_grpo", advantages not divided by the group's deviation
   (``rl.normalisation: none``; ``group`` restores trl's defaults), beta scaled for the group's mean (`Rl.grpo_beta`).
+  Exactly so for answers of one decision. GRPO's KL term is a sum over tokens and leaves out what a token does to the KL
+  of later ones, where these depend on it; RLOO, which has the KL of the whole answer in its reward, does not.
 * The KL reference is the policy that the stage starts from; the KL of the first step is checked to be 0.
 * Every step samples fresh answers from the current policy (one gradient step per generation, no stale samples).
   RLOO, the other algorithm, compares an answer with the mean of the *other* answers: its beta needs no scale.
