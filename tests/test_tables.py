@@ -8,7 +8,7 @@ import pytest
 
 from nondecoupling.analysis import claims, tables
 from nondecoupling.analysis.controls import controls_not_run
-from nondecoupling.analysis.statistics import Interval
+from nondecoupling.analysis.statistics import Interval, interval_text
 from nondecoupling.study import folders
 from nondecoupling.study.study import load_study
 from tables import MEASURED, SEEDS, costs_of, metrics_of, odds_of, policy, results_of
@@ -184,6 +184,18 @@ def test_what_rl_found_out_from_the_base_is_a_sentence():
         "RL from the base ends at an SFT loss of 0.600 and a reward of +0.660; ideal RL that cannot tell sentences "
         "apart would end at 0.990 and +0.030."
     ]
+
+
+def test_claims_fit_a_terminal_with_all_that_is_said_of_them(rows):
+    text = tables.claims_text(rows)
+    assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(text.split())
+    for row in rows:
+        assert row["verdict"] in words
+        assert tables.remarks(row) in words
+    of_first = next(line for line in text.splitlines() if line.startswith("A1"))
+    first = next(row for row in rows if row["id"] == "A1")
+    assert interval_text(first["estimate"], first["ci95"]).split() == of_first.split()[-4:-1]
 
 
 def timed(found, seconds, gpu=None):

@@ -1,5 +1,6 @@
 """Rows and metrics as tables for reading: in notebooks, on the report and in the README."""
 
+import textwrap
 from datetime import datetime
 from typing import Any
 
@@ -170,6 +171,20 @@ def states_table(metrics: pd.DataFrame) -> pd.DataFrame:
     counts = fallen.agg(["sum", "size"])
     means["collapsed"] = [f"{done} of {n}" if done else "no" for done, n in counts.itertuples(index=False)]
     return means
+
+
+def claims_text(rows: list[ClaimRow]) -> str:
+    """The claims for a terminal of 80 columns: what was measured, its interval and the verdict, with remarks below."""
+    lines = [f"{'claim':38}{'measured':>8}  {'95 % interval':16}  verdict"]
+    for row in rows:
+        margin = "" if row["margin"] is None else f" (±{row['margin']:g})"
+        first, *more = textwrap.wrap(row["statement"] + margin, 32)
+        mean, _, interval = interval_text(row["estimate"], row["ci95"]).partition(" ")
+        name = row["id"].partition("-")[0]  # of joint training: the statement says which run it is about
+        lines.append(f"{name:5} {first:32}{mean:>8}  {interval:16}  {row['verdict']}")
+        lines += [f"{'':6}{line}" for line in more]
+        lines += textwrap.wrap(remarks(row), 78, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
 
 
 def policies_table(results: Results, *runs: str) -> pd.DataFrame:

@@ -49,12 +49,11 @@ def run_study(args: Arguments) -> None:
     start, root = time.perf_counter(), folders.study_folder(args.study)
     make_study(args.study, args.seeds, STUDIES[args.action], args.words, args.jobs, args.scheduler, args.target)
     if not args.target:
-        from nondecoupling.analysis.tables import claims_table, rows_of
+        from nondecoupling.analysis.tables import claims_text, rows_of
 
         groups = STUDIES[args.action]
         families = "ABO" + "KJ" * ("controls" in groups) + "G" * ("geometry" in groups)
-        table = claims_table(rows_of(folders.read_json(root / "claims.json"), families))
-        print(table.drop(columns="p, Holm", errors="ignore").to_string(index=False))
+        print(claims_text(rows_of(folders.read_json(root / "claims.json"), families)))
         print(f"\nreport:  {root / 'report.html'}\nfigures: {root / 'figures'}\nclaims:  {root / 'claims.json'}")
     print(f"{time.perf_counter() - start:.0f} s")
 
