@@ -1,7 +1,7 @@
 """LoRA in the 16 bits of the weights that it adapts: peft's layer without its passes in float32.
 
-peft keeps an adapter in float32, casts all that enters it and adds what leaves it to the layer's output in float32; on
-a small model these passes cost as much as the model. Here the adapter stays float32, so that small steps add up, and
+peft keeps an adapter in float32, casts all that enters it and adds what leaves it to the layer's output in float32:
+passes over all activations at each linear layer. Here the adapter stays float32, so that small steps add up, and
 its two products are computed in the weights' type, straight into the layer's output, as mixed precision does it.
 """
 
