@@ -276,7 +276,8 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
         tmp_path / "theory.json", {"sweep": [sweep_entry()], "who_pays": [], "uninformed": None, "crossing": None}
     )
     some = parts(MEASURED | {"rl-rl": {}})["nano, controls"]
-    assert "| rl-rl | 0.400 |" in some and "| K1: " not in some  # verdicts are given on all controls together
+    assert "| rl-rl | 0.400 |" in some
+    assert "| K1: " not in some  # verdicts are given on all controls together
     runs = MEASURED | {run.name: {} for run in study.runs_of("controls") if run.stage != "reward_model"}
     everything = parts(runs | {"reward-model": {}})
     assert list(everything) == ["nano", "nano, controls", "nano, findings", "nano, cost", "nano, runs"]
