@@ -25,6 +25,7 @@ from nondecoupling.workflow.graph import (
     REPORT,
     TABLES,
     Part,
+    earlier_studies,
     finished_groups,
     parts_of,
     stale_parts,
@@ -88,6 +89,8 @@ def make_study(
         write_settings(study, parts, seeds, groups)
         rules = write_rules(root, parts, words)
         fetch_inputs(study)
+        for name, changed in earlier_studies(study).items():
+            print(f"{changed} since the study '{name}', whose runs stay where they are; this is a study of its own")
         wanted = [part for part in needed_by(goal, parts) if part.name not in (TABLES, REPORT)]
         notebooks = [part for part in stale_parts(root, parts) if part in wanted]
         how = f"by {scheduler}" if carry.is_remote(scheduler) else f"{jobs} at a time"
@@ -198,7 +201,8 @@ def fetch_inputs(study: Study) -> None:
     if profile.data.source == "hub" and not profile.data.folder and not folders.is_complete(root / "data"):
         hub.fetch_glue()
     if profile.data.folder and not folders.is_complete(root / "data"):
-        corpus.load_corpus(Path(profile.data.folder), profile.data.columns)
+        corpus.load_corpus(Path(profile.data.folder), profile.data.columns, profile.data.overlap)
+        print(*corpus.remarks(Path(profile.data.folder), profile.data), sep="\n", flush=True)
     if profile.model.folder and not folders.is_complete(root / "base"):
         hub.check_model(Path(profile.model.folder))
     if profile.model.hub and not profile.model.folder:
