@@ -26,7 +26,6 @@ from nondecoupling.study import folders, provenance
 from nondecoupling.study.study import Study, load_study
 from nondecoupling.task import corpus, grammar
 
-
 gc.disable()  # until all test files are imported, with a million objects that stay
 
 
