@@ -53,7 +53,7 @@ def test_what_is_begun_replaced_or_put_aside_is_no_result(mine):
         "seed0/rl.partial",
         "seed0/rl.old",
         "seed3/sft-rl.checkpoints",
-        "../other.bak/seed0/rl",
+        "../other.bak/rl",
     ):
         (mine / name / folders.POLICY).mkdir(parents=True)
     studies = explore.find_studies()
