@@ -101,7 +101,7 @@ def check_tokens(folder: Path, config: dict[str, Any]) -> None:
     """
     from transformers import AutoTokenizer
 
-    size = config.get("text_config", config).get("vocab_size")
+    size = (config.get("text_config") or config).get("vocab_size")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each kind of tokenizer has faults of its own

@@ -164,8 +164,8 @@ def changed_inputs(root: Path, study: Study) -> str:
     Empty if there are none.
     """
     try:
-        before = folders.read_json(root / INPUTS)
-    except (FileNotFoundError, ValueError):
+        before = dict(folders.read_json(root / INPUTS))
+    except (FileNotFoundError, TypeError, ValueError):
         return ""
     after = inputs_of(study.profile)
     changed = [path for path in sorted({*before, *after}) if before.get(path) != after.get(path)]
