@@ -163,7 +163,7 @@ def warm_server():
         address = os.environ[kernels.ADDRESS]
         os.environ.clear()
         os.environ.update(before)
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while not Path(address).is_socket():
             assert time.monotonic() < end, "the server of kernels is not ready"
             time.sleep(0.1)

@@ -3,10 +3,12 @@
 A study is made run by run, as make does it, in processes that are killed; only what this test started is.
 """
 
+import importlib
 import multiprocessing
 import os
 import random
 import shutil
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -32,7 +34,7 @@ def place_of(root, name):
 
 
 def begin(name):
-    """Start what make's recipe for a run does, in a process that prints nothing."""
+    """Start what make's recipe for a run does, in a process that prints nothing and has imported all it needs."""
 
     def recipe():
         for stream in (1, 2):
@@ -64,6 +66,8 @@ def made(tmp_path_factory, warm_server):
         patch.setattr(os, "environ", os.environ)
         patch.setenv("NONDECOUPLING_RESULTS", str(whole))
         before = dict(os.environ)
+        sys.modules.setdefault("rfc3987_syntax", None)  # as in `notebooks.execute`
+        importlib.import_module("papermill")
         notebooks.quiet_environment(STUDY, jobs=1)
         os.environ |= warm_server
         for name in RUNS:

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 from nondecoupling.study import folders
 from nondecoupling.study.plan import SUMMARIES, Group
-from nondecoupling.study.results import collect, write_results
 from nondecoupling.study.study import FOLDERS, Study, load_study, nearest, parse_overrides, parse_seeds
 from nondecoupling.workflow import graph, notebooks
 from nondecoupling.workflow.carry import is_remote
@@ -81,6 +80,8 @@ def run_part(args: Arguments) -> None:
 
 def make_tables(args: Arguments) -> None:
     """Collect the finished runs into the study's tables."""
+    from nondecoupling.study.results import collect, write_results
+
     write_results(collect(args.study, args.seeds, graph.finished_groups(args.study, args.seeds)))
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from nondecoupling.study import folders
 from nondecoupling.study.plan import Group
 from nondecoupling.study.study import Study, load_profile, parse_seeds
-from nondecoupling.task import corpus, grammar, hub
 from nondecoupling.workflow import carry, kernels
 from nondecoupling.workflow.graph import (
     GROUPS,
@@ -193,6 +192,8 @@ def fetch_inputs(study: Study) -> None:
 
     ValueError where the generated corpus is not described, or a folder of the user's holds no corpus or model.
     """
+    from nondecoupling.task import corpus, grammar, hub  # with pandas, which no recipe needs
+
     profile, root = study.profile, folders.study_folder(study)
     if profile.data.generated:
         corpus.disagreement_by_source(profile.data)

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nondecoupling.study import folders, results
+from nondecoupling.study import folders
 from nondecoupling.study.fingerprint import PACKAGE, code_hashes, fingerprint, kind_of, notebook_of
 from nondecoupling.study.plan import MAKES, SUMMARIES, Group
 from nondecoupling.study.study import Study, inputs_of
@@ -74,7 +74,7 @@ def parts_of(study: Study, seeds: list[int], groups: Collection[str]) -> list[Pa
     once = [part for of_run in by_run.values() for part in of_run if part.seed is None]
     each = [part for seed in seeds for of_run in by_run.values() for part in of_run if part.seed == seed]
     runs = [*once, *each]
-    tables = Part(TABLES, None, results.PROVENANCE, [part.target for part in runs], [])
+    tables = Part(TABLES, None, folders.PROVENANCE, [part.target for part in runs], [])
     parts = [*runs, tables]
     for name, read in SUMMARIES.items():
         if name in groups or name not in GROUPS:
