@@ -140,8 +140,7 @@ both = $(1) & first=$$!; $(2); second=$$?; wait $$first && exit $$second
 
 test: lint ## lint, unit tests, every notebook checked: 17 min
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile
-	$(call both,$(NBVAL) $(STAGES),$(NBVAL) $(READERS))
-	$(call both,$(OTHER) $(PYTHON) -m pytest -q tests/test_training.py tests/test_rl.py,$(OTHER) $(NBVAL) $(wildcard notebooks/0[1-4]_*))
+	$(call both,$(NBVAL) $(STAGES) && $(OTHER) $(NBVAL) $(wildcard notebooks/0[1-4]_*),$(NBVAL) $(READERS) && $(OTHER) $(PYTHON) -m pytest -q tests/test_training.py tests/test_rl.py)
 
 lint: $(READY) ## maintainers: ruff and mypy
 	$(PYTHON) -m ruff check src tests

@@ -1,6 +1,8 @@
 """A study so small that its stages take a second: the same code as a real one, in a folder of its own."""
 
+import gc
 import os
+import time
 
 # Before torch is imported: one thread, because thread counts change the order of additions; nothing from the network.
 os.environ |= {
@@ -23,6 +25,15 @@ import pytest
 from nondecoupling.study import folders, provenance
 from nondecoupling.study.study import Study, load_study
 from nondecoupling.task import corpus, grammar
+
+gc.disable()  # until all test files are imported, with a million objects that stay
+
+
+def pytest_collection_finish(session):
+    """They are passed over from here on: looking for garbage among them takes half a second for each trainer."""
+    gc.freeze()
+    gc.enable()
+
 
 SHARED = folders.REPOSITORY.parent / "shared"
 
@@ -139,6 +150,24 @@ def tiny_base(tiny_study, built_base):
 def tiny_sft(tiny_base, built_sft):
     """The finished run ``sft`` of seed 0."""
     return built_sft
+
+
+@pytest.fixture(scope="session")
+def warm_server():
+    """Environment variables by which a study, or a notebook, has kernels of one server that all tests share."""
+    from nondecoupling.workflow import kernels, notebooks
+
+    before = dict(os.environ)
+    notebooks.quiet_environment(tiny(), jobs=1)
+    with kernels.warm_kernels():
+        address = os.environ[kernels.ADDRESS]
+        os.environ.clear()
+        os.environ.update(before)
+        end = time.monotonic() + 600
+        while not Path(address).is_socket():
+            assert time.monotonic() < end, "the server of kernels is not ready"
+            time.sleep(0.1)
+        yield {kernels.ADDRESS: address}
 
 
 @pytest.fixture(scope="session")

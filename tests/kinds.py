@@ -87,7 +87,8 @@ KINDS = {
     "Mistral": Kind("mistral", SLIDING, "bytes", OF_QWEN, PADDED, QWEN, TURN),
     "GPT-2": Kind("gpt2", GPT2, "bytes", [TEXT], END, PLAIN, TEXT),
     "BLOOM": Kind("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, "bytes", [TEXT], END, PLAIN, TEXT),
-    "Qwen 2 base": Kind("qwen2", GROUPED, "bytes", OF_QWEN, PADDED, QWEN, TURN),
+    # With more embeddings than tokens, as it is published.
+    "Qwen 2 base": Kind("qwen2", GROUPED | {"vocab_size": 1024}, "bytes", OF_QWEN, PADDED, QWEN, TURN),
     "a thinking Qwen 3": Kind("qwen3", GROUPED, "bytes", OF_QWEN, PADDED, THINKING, TURN),
 }
 MAMBA = Kind(
@@ -127,7 +128,8 @@ def make_model(kind: Kind, folder: Path) -> Path:
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     set_seed(0)
     wide = {"initializer_range": 0.2}  # else so narrow a model could not favour any token
-    config = AutoConfig.for_model(kind.type, vocab_size=len(tokenizer), **tokens, **kind.shape, **wide)
+    shape = {"vocab_size": len(tokenizer)} | kind.shape
+    config = AutoConfig.for_model(kind.type, **tokens, **shape, **wide)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -124,11 +124,14 @@ def test_what_a_killed_worker_was_doing_is_done_again_and_its_orphan_dies(addres
     assert not (here / "orphan").exists()
 
 
-def test_a_command_that_kills_every_worker_is_given_up(capfd):
+def test_a_command_that_kills_every_worker_is_given_up(address, capfd, recwarn):
+    """On a second cluster on this machine, which says nothing of the first."""
     import dask.config
 
-    with dask.config.set({"distributed.scheduler.allowed-failures": 0}), carry.local_scheduler(1) as address:
-        assert carry.main([address, *shell(KILL_WORKER)]) == 1
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}), carry.local_scheduler(1) as another:
+        assert another != address
+        assert [str(warning.message) for warning in recwarn] == []
+        assert carry.main([another, *shell(KILL_WORKER)]) == 1
     [line] = capfd.readouterr().err.splitlines()
     assert line.startswith("error: every worker that ran it died, for want of memory or at the end of its time; ")
 
@@ -191,34 +194,38 @@ def test_a_scheduler_that_does_not_answer_is_said_in_one_sentence(monkeypatch, c
     assert line.startswith(f"error: no Dask scheduler answers at {address}; start one there")
 
 
-def test_a_first_worker_is_waited_for_with_a_line(capfd):
-    from distributed import LocalCluster
-
-    with LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None) as running:
-        address = running.scheduler_address
-        waiting = threading.Thread(target=carry.wait_for_a_worker, args=[address])
-        waiting.start()
-        line = until(lambda: capfd.readouterr().out, "it says so", 20)
-        assert line.startswith(f"the scheduler at {address} has no workers; waiting for the first, which may be in a ")
-        assert waiting.is_alive()
-        running.scale(1)
-        waiting.join(timeout=60)
-        assert not waiting.is_alive()
-        carry.wait_for_a_worker(address)
-    assert capfd.readouterr().out == ""
-
-
-def test_workers_that_are_all_gone_are_waited_for_with_a_line(here, monkeypatch, capfd):
+def test_workers_are_waited_for_with_a_line(here, monkeypatch, capfd):
+    """The first one, and the next when all are gone."""
     from distributed import LocalCluster
 
     monkeypatch.setattr(carry, "LOOK_SECONDS", 0.5)
     with LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None) as running:
-        waiting = threading.Thread(target=carry.main, args=[[running.scheduler_address, "touch", "done"]])
-        waiting.start()
-        line = until(lambda: capfd.readouterr().err, "it says so", 20)
-        assert line == "no worker is left; waiting for another\n"
+        address = running.scheduler_address
+        waiting = [
+            threading.Thread(target=carry.wait_for_a_worker, args=[address]),
+            threading.Thread(target=carry.main, args=[[address, "touch", "done"]]),
+        ]
+        for thread in waiting:
+            thread.start()
+        said = ["", ""]
+
+        def both() -> bool:
+            said[:] = [before + now for before, now in zip(said, capfd.readouterr(), strict=True)]
+            return all(said)
+
+        until(both, "they say so", 20)
+        printed, complaints = said
+        assert printed.startswith(
+            f"the scheduler at {address} has no workers; waiting for the first, which may be in a "
+        )
+        assert complaints == "no worker is left; waiting for another\n"
+        assert all(thread.is_alive() for thread in waiting)
         running.scale(1)
-        waiting.join(timeout=60)
+        for thread in waiting:
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+        carry.wait_for_a_worker(address)
+    assert capfd.readouterr().out == ""
     assert (here / "done").exists()
 
 
@@ -230,12 +237,6 @@ def test_a_scheduler_is_named_by_its_file(address, here):
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"SCHEDULER is .*scheduler.json, which is no scheduler file"):
         carry.address_of(str(file))
-
-
-def test_a_second_cluster_on_this_machine_says_nothing(address, recwarn):
-    with carry.local_scheduler(1) as another:
-        assert another != address
-    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_a_scheduler_that_dies_is_said_in_one_sentence(here, capfd):

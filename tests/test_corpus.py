@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import os
+import shlex
 
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from nondecoupling.study.profile import Columns, Data
 from nondecoupling.study.study import load_study, parse_overrides
 from nondecoupling.task import corpus, grammar, hub
 from nondecoupling.workflow import __main__ as cli
-from nondecoupling.workflow import executor
+from nondecoupling.workflow import executor, graph, notebooks
 
 AWKWARD = [
     ("s1", 1, "", 'He said "hello" and left.'),
@@ -32,6 +33,10 @@ COLA = {
 
 SMALL = Data(source="generated", folder=None, expect="any", train_size=300, dev_size=110, disagreement=0.1)
 RATES = dict(zip(grammar.PHENOMENA, [0.0, 0.02, 0.05, 0.1, 0.125, 0.2, 0.25, 0.3, 0.4, 0.45, 0.49], strict=True))
+
+
+def in_folder(folder, **settings):
+    return SMALL.model_copy(update={"folder": str(folder), **settings})
 
 
 def write(folder, split="train", text="a\t1\t\tFine.\nb\t0\t*\tFine not.\n"):
@@ -526,16 +531,106 @@ def test_a_pipe_is_no_file(tmp_path):
 def test_dev_sentences_that_are_trained_on_are_counted(tmp_path):
     write_task(tmp_path, "train", "sentence\tlabel\nOne.\t1\nTwo.\t0\nThree.\t1\n")
     write_task(tmp_path, "dev", "sentence\tlabel\nOne.\t1\nTwo.\t1\nFour.\t0\n")
-    assert corpus.remarks(tmp_path, corpus.load_corpus(tmp_path)) == [
-        "train: 3 sentences of train.tsv",
-        "dev: 3 sentences of dev.tsv, of which 2 are also trained on, 1 with the other label",
-    ]
+    train, dev = corpus.remarks(tmp_path, in_folder(tmp_path))
+    assert train == "train: 3 sentences of train.tsv"
+    assert dev == (
+        "dev: 3 sentences of dev.tsv, of which 2 are also trained on, 1 with the other label: "
+        'kept (SET="data.overlap=leave_out" leaves them out)'
+    )
+    _, left = corpus.remarks(tmp_path, in_folder(tmp_path, overlap="leave_out"))
+    assert left == dev.partition("kept")[0] + "left out"
+
+
+def test_dev_sentences_that_are_trained_on_are_left_out_where_the_study_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
+    folder = tmp_path / "task"
+    folder.mkdir()
+    write_task(folder, "train", "sentence\tlabel\nOne.\t1\nTwo.\t0\nThree.\t1\n")
+    write_task(folder, "dev", "sentence\tlabel\nOne.\t0\nTwo.\t0\nFour.\t0\nFive.\t1\n")
+    for overlap, expected in {"keep": ["One.", "Two.", "Four.", "Five."], "leave_out": ["Four.", "Five."]}.items():
+        study = load_study("tiny", data=str(folder), overrides={"data.overlap": overlap})
+        metrics = folders.read_json(make_data(study) / folders.METRICS)
+        assert metrics["evaluation"]["dev"]["n"] == len(expected)
+        table = corpus.load_checked_corpus(study, 0)
+        assert table.loc[table["split"] == "dev", "sentence"].tolist() == expected
+        assert (table["split"] == "train").sum() == 3
+    # Before a kernel starts it is said, and refused where nothing is left to measure on.
+    monkeypatch.setattr(executor, "run_make", lambda *_, **__: 0)
+    words = ["reproduce", "--profile=tiny", f"--data={folder}", "--seeds=1", "--target"]
+    cli.main([*words, str(tmp_path / "results" / load_study("tiny", data=str(folder)).name / "claims.json")])
+    assert "of which 2 are also trained on, 1 with the other label: kept (SET=" in capsys.readouterr().out
+    write_task(folder, "dev", "sentence\tlabel\nOne.\t0\nFour.\t0\n")
+    assert cli.main(["reproduce", "--profile=tiny", f"--data={folder}", "--set=data.overlap=leave_out"]) == 1
+    assert "every sentence of 'dev' has label 0, without those that are also trained on" in capsys.readouterr().err
 
 
 def test_cola_shares_sentences_between_its_files(cola):
-    found = corpus.remarks(cola, corpus.load_corpus(cola))
+    found = corpus.remarks(cola, in_folder(cola))
     assert "of which 6 are also trained on, 2 with the other label" in found[1]
     assert "of which 12 are also trained on, 0 with the other label" in found[2]
+    left = corpus.load_corpus(cola, overlap="leave_out")["split"].value_counts()
+    assert left.to_dict() == {"train": 8551, "dev": 527 - 6, "dev_out": 516 - 12}
+
+
+def test_data_that_is_edited_while_a_study_runs_is_named(tmp_path, monkeypatch, capsys):
+    """Before a recipe starts its kernel, or between that and the kernel's own look."""
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    folder = tmp_path / "task"
+    folder.mkdir()
+    published(folder, PUBLISHED, sep="\t")
+    study = load_study("tiny", data=str(folder))
+    root, recipes = folders.study_folder(study), []
+
+    def make(command, _):
+        [*_, goal] = (root / executor.RULES).read_text().split("seed0/sft/metrics.json:")[1].splitlines()[:2]
+        recipes.append(shlex.split(goal)[4:])  # after the launcher, and python -m nondecoupling.workflow
+        return 0
+
+    monkeypatch.setattr(executor, "run_make", make)
+    cli.main(["reproduce", "--profile=tiny", f"--data={folder}", f"--target={root / 'claims.json'}"])
+    [recipe], executed = recipes, []
+
+    def fail(begun, *_):
+        executed.append(begun.name)
+        (folder / "dev.tsv").write_text("sentence\tlabel\nOne.\t0\nTwo.\t1\n")
+        raise RuntimeError("03_sft.ipynb failed: FileNotFoundError: needs the finished run elsewhere")
+
+    monkeypatch.setattr(notebooks, "execute", fail)
+    capsys.readouterr()
+    for _ in range(2):
+        assert cli.main(recipe) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {folder / 'dev.tsv'} has changed since the study '{study.name}' began, all of")
+        assert said.endswith("the same command begins a study of its own.\n")
+        assert said.count("\n") == 1
+    assert executed == [study.name]
+    (folder / "dev.tsv").unlink()
+    (folder / "validation.csv").write_text("sentence,label\nOne.,0\nTwo.,1\n")
+    assert cli.main(recipe) == 1
+    assert f"{folder / 'dev.tsv'} and {folder / 'validation.csv'} have changed since" in capsys.readouterr().err
+    # The same command begins a study of its own, and says why the other's runs are not in it.
+    cli.main(["reproduce", "--profile=tiny", f"--data={folder}"])
+    said = f"have changed since the study '{study.name}', whose runs stay where they are; this is a study of its own"
+    assert said in capsys.readouterr().out
+    assert root.exists()
+
+
+def test_a_model_that_is_edited_while_a_study_runs_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text("one")
+    study = load_study("tiny", model=str(folder))
+    graph.write_settings(study, [graph.run_part(study, "base", 0)], [0], ["main"])
+    (folder / "model.safetensors").write_text("two")
+    words = ["run", "--run=sft", "--profile=tiny", f"--model={folder}", f"--begun={study.name}"]
+    assert cli.main(words) == 1
+    assert f"error: {folder / 'model.safetensors'} has changed since the study" in capsys.readouterr().err
+    (folder / "model.safetensors").unlink()
+    assert cli.main(words) == 1
+    assert f"{folder / 'model.safetensors'} is gone since the study" in capsys.readouterr().err
 
 
 def test_columns_are_named_in_one_word_of_the_command_line():

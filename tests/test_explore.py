@@ -46,6 +46,23 @@ def test_own_studies_are_before_references(mine):
     assert explore.policies_in(found) == ["sft", "rl-rl"]  # and no other
 
 
+def test_what_is_begun_replaced_or_put_aside_is_no_result(mine):
+    before = explore.policies_in(explore.find_studies()["mine"])
+    for name in (
+        "seed0.bak/rl",
+        "seed0/rl.partial",
+        "seed0/rl.old",
+        "seed3/sft-rl.checkpoints",
+        "../other.bak/rl",
+    ):
+        (mine / name / folders.POLICY).mkdir(parents=True)
+    studies = explore.find_studies()
+    assert [name for name in studies if not name.endswith(explore.REFERENCE)] == ["mine"]
+    assert explore.policies_in(studies["mine"]) == before
+    assert [seed for _, seed in explore.replications_in(studies["mine"])] == [None, 0, 1, 2]
+    assert list(explore.policy_folders(studies["mine"], 0)) == ["base"]
+
+
 def test_where_nothing_was_run_the_embedded_studys_reference_is_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
     studies = explore.find_studies()

@@ -3,10 +3,12 @@
 A study is made run by run, as make does it, in processes that are killed; only what this test started is.
 """
 
+import importlib
 import multiprocessing
 import os
 import random
 import shutil
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,7 +22,6 @@ from nondecoupling.study import folders
 from nondecoupling.study.results import collect
 from nondecoupling.workflow import graph, notebooks
 from nondecoupling.workflow.__main__ import main
-from nondecoupling.workflow.kernels import warm_kernels
 
 SEED, KILLS, DAMAGED = 7, 20, 25
 LONGEST = 8.0  # seconds until a kill, on a machine that is slow
@@ -33,7 +34,7 @@ def place_of(root, name):
 
 
 def begin(name):
-    """Start what make's recipe for a run does, in a process that prints nothing."""
+    """Start what make's recipe for a run does, in a process that prints nothing and has imported all it needs."""
 
     def recipe():
         for stream in (1, 2):
@@ -57,7 +58,7 @@ def kill(process):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, warm_server):
     """Results folders of one study, made without a fault and with kills at random moments; what was counted."""
     whole, killed = (tmp_path_factory.mktemp(name) for name in ("whole", "killed"))
     chance, seconds, counts, finished = random.Random(SEED), {}, Counter(), set()
@@ -65,31 +66,33 @@ def made(tmp_path_factory):
         patch.setattr(os, "environ", os.environ)
         patch.setenv("NONDECOUPLING_RESULTS", str(whole))
         before = dict(os.environ)
+        sys.modules.setdefault("rfc3987_syntax", None)  # as in `notebooks.execute`
+        importlib.import_module("papermill")
         notebooks.quiet_environment(STUDY, jobs=1)
-        with warm_kernels():
-            for name in RUNS:
-                start = time.perf_counter()
+        os.environ |= warm_server
+        for name in RUNS:
+            start = time.perf_counter()
+            process = begin(name)
+            process.join()
+            assert process.exitcode == 0, name
+            seconds[name] = time.perf_counter() - start
+        os.environ["NONDECOUPLING_RESULTS"] = str(killed)
+        for number, name in enumerate(RUNS):
+            for _ in range(KILLS * (number + 1) // len(RUNS) - KILLS * number // len(RUNS)):
                 process = begin(name)
-                process.join()
-                assert process.exitcode == 0, name
-                seconds[name] = time.perf_counter() - start
-            os.environ["NONDECOUPLING_RESULTS"] = str(killed)
-            for number, name in enumerate(RUNS):
-                for _ in range(KILLS * (number + 1) // len(RUNS) - KILLS * number // len(RUNS)):
-                    process = begin(name)
-                    process.join(chance.uniform(0, min(seconds[name], LONGEST)))
-                    ended = process.exitcode is not None
-                    if not ended:
-                        kill(process)
-                    counts["too late" if ended else "killed"] += 1
-                    now = {other for other in RUNS if folders.is_complete(place_of(killed / "tiny", other))}
-                    counts["published"] += len(now - finished)
-                    assert finished <= now, "a finished run was lost"
-                    assert all(folders.damaged_file(place_of(killed / "tiny", other)) is None for other in now)
-                    finished = now
-                process = begin(name)  # it may have been published between two kills, of which the last left its part
-                process.join()
-                assert process.exitcode == 0, name
+                process.join(chance.uniform(0, min(seconds[name], LONGEST)))
+                ended = process.exitcode is not None
+                if not ended:
+                    kill(process)
+                counts["too late" if ended else "killed"] += 1
+                now = {other for other in RUNS if folders.is_complete(place_of(killed / "tiny", other))}
+                counts["published"] += len(now - finished)
+                assert finished <= now, "a finished run was lost"
+                assert all(folders.damaged_file(place_of(killed / "tiny", other)) is None for other in now)
+                finished = now
+            process = begin(name)  # it may have been published between two kills, of which the last left its part
+            process.join()
+            assert process.exitcode == 0, name
         os.environ.clear()
         os.environ.update(before)
     return whole / "tiny", killed / "tiny", counts

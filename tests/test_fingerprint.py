@@ -142,5 +142,4 @@ def test_imports_are_found_in_every_form_and_room_that_was_asked_for():
         "x = 'from nondecoupling.task import prompts'",
     ]
     found = fingerprints.imported_modules("\n".join(lines), ("task", "training", "analysis"))
-    names = ["analysis/theory.py", "task/corpus.py", "task/grammar.py", "training/rl.py"]
-    assert sorted(path.relative_to(PACKAGE).as_posix() for path in found) == names
+    assert sorted(found) == ["analysis/theory.py", "task/corpus.py", "task/grammar.py", "training/rl.py"]

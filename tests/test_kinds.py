@@ -7,13 +7,14 @@ import time
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from conftest import make_base, make_data, results_in
 from kinds import KINDS, MAMBA, make_model
 from nondecoupling.study import folders
 from nondecoupling.study.profile import Model
 from nondecoupling.study.study import load_study
-from nondecoupling.task import prompts
+from nondecoupling.task import hub, prompts
 from nondecoupling.training import models
 from nondecoupling.training.evaluation import label_log_probabilities, predict
 from nondecoupling.training.stage import prepare_stage, publish_stage
@@ -159,6 +160,22 @@ def half(folder):
     (folder / "config.json").write_text('{"model_type": ')
 
 
+def of_a_larger_tokenizer(folder):
+    change(folder / "config.json", vocab_size=500)
+
+
+def with_a_word_added(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    change(folder / "config.json", vocab_size=len(tokenizer))
+    tokenizer.add_tokens(["acceptable to"])
+    tokenizer.save_pretrained(folder)
+
+
+def half_a_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:900])
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -168,6 +185,9 @@ def half(folder):
         (pickled, "holds no weights in safetensors' format"),
         (of_no_model, "holds no model in Hugging Face's format"),
         (half, r"config\.json is damaged"),
+        (of_a_larger_tokenizer, r"has tokens up to number \d+, but the model has embeddings of only 500"),
+        (with_a_word_added, r"has tokens up to number (\d+), but the model has embeddings of only \1"),
+        (half_a_tokenizer, "tokenizer in .* cannot be loaded: "),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused_before_a_kernel_starts(
@@ -185,6 +205,19 @@ def test_a_folder_that_cannot_be_used_is_refused_before_a_kernel_starts(
     assert said.count("\n") == 1
     assert str(damaged) in said
     assert re.search(words, said), said
+
+
+def test_a_special_token_that_no_chat_needs_may_be_beyond_the_embeddings(folder, tmp_path):
+    place = shutil.copytree(folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    change(place / "config.json", vocab_size=len(tokenizer))
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(place)
+    hub.check_model(place)
+    tokenizer.pad_token = "<image>"
+    tokenizer.save_pretrained(place)
+    with pytest.raises(ValueError, match="has tokens up to number"):
+        hub.check_model(place)
 
 
 def test_a_model_that_keeps_a_state_of_another_kind_is_refused(tmp_path):

@@ -92,7 +92,9 @@ def test_a_good_command_reaches_the_notebook_with_its_parameters(results, calls,
     assert capsys.readouterr().out.startswith("seed 3 · sft-rl · 0:0")
 
 
-def test_a_failing_notebook_leaves_its_traceback_and_no_result(results, tmp_path, capsys):
+def test_a_failing_notebook_leaves_its_traceback_and_no_result(results, tmp_path, capsys, monkeypatch, warm_server):
+    for name, address in warm_server.items():
+        monkeypatch.setenv(name, address)
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "in_domain_train.tsv").write_text("x\t1\t\tFine.\nx\tmaybe\t\tHm.\n")

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from nondecoupling.study.study import load_study
 from nondecoupling.task import grammar
 from nondecoupling.workflow import executor, graph, reference
 from nondecoupling.workflow.__main__ import main
+from test_surroundings import FOREIGN
 
 RUNS = ("sft", "sft-rl", "rl", "rl-sft")
 NAME = "it's $HOME für uns"
@@ -38,9 +40,9 @@ def results(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def study(results):
+def study(results, warm_server):
     """The folder of the finished study, and what make printed."""
-    done = make("reproduce", "PROFILE=tiny", "JOBS=2", NONDECOUPLING_RESULTS=str(results))
+    done = make("reproduce", "PROFILE=tiny", "JOBS=2", NONDECOUPLING_RESULTS=str(results), **warm_server)
     assert done.returncode == 0, done.stdout + done.stderr
     return results / "tiny", done.stdout
 
@@ -210,7 +212,7 @@ def test_a_second_make_executes_nothing_and_the_list_is_complete(results, study)
     assert states["sweep"][-2:] == ["make", "betas"]
 
 
-def test_the_commands_of_a_list_are_tasks_of_a_batch_system_and_make_finds_their_runs(copied, tmp_path):
+def test_the_commands_of_a_list_are_tasks_of_a_batch_system_and_make_finds_their_runs(copied, tmp_path, warm_server):
     """The script of docs/cluster.md that needs no Dask, for one group and one seed."""
     for run in ("rl", "rl-sft"):
         shutil.rmtree(copied / "seed1" / run)
@@ -220,13 +222,53 @@ def test_the_commands_of_a_list_are_tasks_of_a_batch_system_and_make_finds_their
         script = script.replace(theirs, ours)
     (tmp_path / "replications.sh").write_text(script)
     programs = place_sbatch(tmp_path)
-    surroundings = environment() | {"PATH": f"{programs}:{environment()['PATH']}"}
+    surroundings = environment(**warm_server) | {"PATH": f"{programs}:{environment()['PATH']}"}
     words = ["sbatch", str(tmp_path / "replications.sh")]
     task = int(subprocess.run(words, cwd=REPOSITORY, env=surroundings, stdout=subprocess.PIPE, check=True).stdout)
     until(lambda: is_over(task), "the task ends")
     printed = (programs / "task1.log").read_text(encoding="utf-8")
     assert [line.rpartition(" · ")[0] for line in printed.splitlines()] == ["seed 1 · rl", "seed 1 · rl-sft"], printed
     assert {part.target for part in graph.stale_parts(copied, PARTS)} == MADE_OF_ALL
+
+
+CONFIGURATION = (
+    "c = get_config()\nc.IPKernelApp.exec_lines = ['raise SystemExit(9)', 'import torch', 'torch.tensor = None']\n"
+)
+TIMED = {folders.METRICS, folders.HASHES, folders.NOTEBOOK}  # say when a run was made, or hold hashes of others that do
+
+
+def left_by(root: Path) -> tuple[dict, dict]:
+    """All that seed 0's SFT, and what it was made from, left but times: metrics by run, other files' bytes by path."""
+    places = [root / "seed0" / run for run in ("data", "base", "sft")]
+    files = [path for place in places for path in place.rglob("*") if path.is_file() and path.name not in TIMED]
+    metrics = {place.name: folders.read_json(place / folders.METRICS)["evaluation"] for place in places}
+    return metrics, {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
+def test_a_study_leaves_the_same_files_in_other_surroundings(study, tmp_path):
+    """Also with another hash seed, in other processes, in a folder of another name and depth, with other JOBS."""
+    home, results = tmp_path / "home" / ".ipython" / "profile_default", tmp_path / "a deeper" / "föreign"
+    home.mkdir(parents=True)
+    for name in ("ipython_config.py", "ipython_kernel_config.py"):
+        (home / name).write_text(CONFIGURATION)
+    (tmp_path / "startup.py").write_text("raise SystemExit(9)")
+    user = {"IPYTHONDIR": str(home.parent), "PYTHONSTARTUP": str(tmp_path / "startup.py"), "PYTHONHASHSEED": "7"}
+    words = ["reproduce", "--profile=tiny", "--seeds=0", "--jobs=1", f"--target={results}/tiny/seed0/sft/metrics.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "nondecoupling.workflow", *words],
+        env=environment(**FOREIGN, **user, NONDECOUPLING_RESULTS=str(results)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (metrics, files), (others, other_files) = left_by(study[0]), left_by(results / "tiny")
+    assert others == metrics
+    assert set(other_files) == set(files)
+    assert [name for name in files if files[name] != other_files[name]] == []
+    assert {"seed0/sft/policy/adapter_config.json", "seed0/sft/trajectory.csv", "seed0/sft/log.csv"} < set(files)
 
 
 # What is out of date
@@ -329,8 +371,10 @@ def execution_of(run: str, command: int) -> psutil.Process:
     return until(found, f"{run} is executed")
 
 
-def test_a_failed_run_on_a_cluster_goes_on_though_a_worker_is_killed(study, copied, capfd):
+def test_a_failed_run_on_a_cluster_goes_on_though_a_worker_is_killed(study, copied, capfd, monkeypatch, warm_server):
     """As a study on a cluster fails: the same command goes on where it was, with what make would have made."""
+    for name, address in warm_server.items():
+        monkeypatch.setenv(name, address)  # carried to workers as all that begins with NONDECOUPLING_
     made, place = study[0] / "seed0" / "rl-sft", copied / "seed0" / "rl-sft"
     others = {"data", "base", "sft", "sft-rl", "rl"}
     shutil.rmtree(place)

@@ -46,7 +46,7 @@ def test_command_is_understood(command):
     load_study(options.get("PROFILE", "nano"), overrides=parse_overrides(options.get("SET", "")))
 
 
-def test_worked_example_of_another_task_runs(tmp_path):
+def test_worked_example_of_another_task_runs(tmp_path, warm_server):
     """The guide's own code and command, for one seed of the smallest profile, which learns the answer format."""
     (code,) = re.findall(r"```python\n(.*?)```", OWN, flags=re.DOTALL)
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
@@ -57,6 +57,7 @@ def test_worked_example_of_another_task_runs(tmp_path):
     words = [changed.get(word, word) for word in command]
     inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     environment = inherited | {"NONDECOUPLING_RESULTS": str(tmp_path / "results"), "PYTHONWARNINGS": "ignore"}
+    environment |= warm_server
     done = subprocess.run(
         [*words, "JOBS=2", "PROFILE=tiny"], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )

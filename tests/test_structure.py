@@ -81,6 +81,12 @@ print(json.dumps([names, {{key: [before[key], after[key]] for key in before if b
 """
 
 
+def test_a_recipe_starts_without_what_its_kernel_computes_with():
+    code = "import sys, nondecoupling.workflow.__main__; print({'torch', 'pandas', 'scipy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_importing_the_package_changes_nothing_outside_of_it():
     """Beyond what the libraries do that it imports, which may well change all of these."""
     others = {name for path in MODULES for name in imports(path.read_text("utf-8")) if not name.startswith("nondec")}

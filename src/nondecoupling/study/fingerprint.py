@@ -8,6 +8,7 @@ import ast
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,21 +89,25 @@ def code_of(notebook: Path) -> str:
 
 def used_modules(code: str, rooms: tuple[str, ...]) -> list[Path]:
     """Source files of some ``rooms`` that ``code`` imports, directly or through others."""
-    waiting, found = imported_modules(code, rooms), set()
+    waiting, found = set(imported_modules(code, rooms)), set()
     while waiting:
-        path = waiting.pop()
-        if path not in found:
-            found.add(path)
-            waiting |= imported_modules(path.read_text(encoding="utf-8"), rooms)
-    return sorted(found)
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting |= imported_modules((PACKAGE / name).read_text(encoding="utf-8"), rooms)
+    return sorted(PACKAGE / name for name in found)
 
 
-def imported_modules(code: str, rooms: tuple[str, ...]) -> set[Path]:
-    """Source files of some ``rooms`` that ``code`` itself imports; lines of IPython's own (%) are skipped."""
-    modules: set[Path] = set()
+@cache
+def imported_modules(code: str, rooms: tuple[str, ...]) -> frozenset[str]:
+    """The source files of some ``rooms``, such as "task/corpus.py", that ``code`` itself imports.
+
+    Lines of IPython's own (%) are skipped.
+    """
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(re.sub(r"^%.*$", "", code, flags=re.MULTILINE))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nondecoupling."):
             _, room, *module = str(node.module).split(".")
             if room in rooms:
-                modules.update(PACKAGE / room / f"{name}.py" for name in module or [alias.name for alias in node.names])
-    return modules
+                modules.update(f"{room}/{name}.py" for name in module or [alias.name for alias in node.names])
+    return frozenset(modules)

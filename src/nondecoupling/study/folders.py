@@ -19,6 +19,7 @@ METRICS, TRAJECTORY, LOG, POLICY, PATHS = "metrics.json", "trajectory.csv", "log
 NOTEBOOK = "notebook.ipynb"  # as it was executed
 EXECUTED = "NONDECOUPLING_EXECUTED"  # environment variable of a kernel whose notebook make executes
 MEASURED = "measured.json"  # what a stage had measured at a checkpoint
+PROVENANCE = "provenance.json"  # of a whole study, beside its tables; the last of them that is written
 HASHES = "sha256.json"  # of every file of a published run, or of a checkpoint; the last that is written
 
 

@@ -32,7 +32,8 @@ class Columns(Section):
 class Data(Section):
     """Where sentences come from: ``folder`` (a corpus's files) if it is given, else ``source``.
 
-    ``columns`` names the columns of the files in ``folder``. ``expect: cola`` refuses files that are not CoLA 1.1's,
+    ``columns`` names the columns of the files in ``folder``. ``overlap`` says whether dev keeps its sentences that are
+    also trained on, as CoLA's has a few, or leaves them out. ``expect: cola`` refuses files that are not CoLA 1.1's,
     byte for byte. ``labels`` are the annotators', or the truth (the grammar's verdict), which only the generated corpus
     knows. The other settings shape the generated corpus;
     ``disagreement`` is the share of labels that annotators get wrong, of all sentences or by phenomenon.
@@ -42,6 +43,7 @@ class Data(Section):
     folder: str | None
     expect: Literal["any", "cola"]
     columns: Columns = Columns()
+    overlap: Literal["keep", "leave_out"] = "keep"
     labels: Literal["annotated", "truth"] = "annotated"
     train_size: Count | None = None
     dev_size: Count | None = None

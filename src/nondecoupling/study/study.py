@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +18,11 @@ from nondecoupling.study.profile import Profile
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 MOST_SEEDS = 1000
+# Settings that name a folder of the user's, and which of its files are read.
+FOLDERS: dict[str, Callable[[Path], list[Path]]] = {
+    "data.folder": lambda folder: list(data_files(folder).values()),
+    "model.folder": model_files,
+}
 
 
 @dataclass(frozen=True)
@@ -108,19 +113,24 @@ def load_study(
     named = [
         slug(f"{key}={json.dumps(changes[key])}") for key in sorted(overrides or {}) if not key.endswith(".folder")
     ]
-    folders = {key: changes[key] for key in ("data.folder", "model.folder") if changes.get(key)}
-    read: dict[str, list[Path]] = {}
+    folders = {key: changes[key] for key in FOLDERS if changes.get(key)}
     for key, folder in folders.items():
         if not Path(folder).is_dir():
             raise ValueError(f"{key}: '{folder}' is not a folder; give the path of an existing one.")
         changes[key] = str(Path(folder).resolve())
-        read[key] = model_files(Path(folder)) if key == "model.folder" else [*data_files(Path(folder)).values()]
-    contents = {key: digest_of(files) for key, files in read.items()}
+    contents = {key: digest_of(FOLDERS[key](Path(folder))) for key, folder in folders.items()}
     digest = hashlib.sha256(json.dumps(changes | contents, sort_keys=True).encode()).hexdigest()[:6]
     if len(named) > 3:  # the digest tells studies apart; the name is for reading
         named = [f"{len(named)}_settings"]
     names = [loaded.name, *(slug(Path(folder).resolve().name) for folder in folders.values()), *named]
     return study_of(f"{'-'.join(names)[:120]}-{digest}", with_overrides(loaded, changes), changes)
+
+
+def inputs_of(profile: Profile) -> dict[str, str]:
+    """A digest of each file that a study of ``profile`` reads from folders of the user's, by its path."""
+    folders = {"data.folder": profile.data.folder, "model.folder": profile.model.folder}
+    files = [path for key, folder in folders.items() if folder for path in FOLDERS[key](Path(folder))]
+    return {str(path): digest_of([path]) for path in files}
 
 
 def digest_of(files: Iterable[Path]) -> str:

@@ -193,9 +193,10 @@ def read_file(path: Path, columns: Columns = USUAL) -> pd.DataFrame:
     return pd.DataFrame(found, columns=COLUMNS)
 
 
-def load_corpus(folder: Path, columns: Columns = USUAL) -> pd.DataFrame:
+def load_corpus(folder: Path, columns: Columns = USUAL, overlap: str = "keep") -> pd.DataFrame:
     """All splits in ``folder`` as one table ``split, source, label, mark, sentence``.
 
+    With ``overlap`` "leave_out" the other splits are without the sentences of train.
     Raises FileNotFoundError where a split is missing, ValueError if all sentences of one have the same label.
     """
     files = data_files(folder)
@@ -206,33 +207,44 @@ def load_corpus(folder: Path, columns: Columns = USUAL) -> pd.DataFrame:
                 f"or train.tsv and dev.tsv, or the same as csv or jsonl."
             )
     corpus = pd.concat([read_file(path, columns).assign(split=split) for split, path in files.items()])
-    for split, labels in corpus.groupby("split")["label"]:
+    if overlap == "leave_out":
+        corpus = corpus[~also_trained_on(corpus)]
+    for split in files:
+        labels = corpus.loc[corpus["split"] == split, "label"]
         if labels.nunique() < 2:
-            raise ValueError(
-                f"{folder}: every sentence of '{split}' has label {labels.iloc[0]}; both labels are needed."
-            )
+            said = f"every sentence of '{split}' has label {labels.iloc[0]}" if len(labels) else f"'{split}' is empty"
+            left = ", without those that are also trained on" if overlap == "leave_out" else ""
+            raise ValueError(f"{folder}: {said}{left}; both labels are needed.")
     return corpus[["split", *COLUMNS]].reset_index(drop=True)
 
 
-def remarks(folder: Path, corpus: pd.DataFrame) -> list[str]:
-    """Where each split of a ``corpus`` was read, and how many of its sentences are also trained on."""
+def also_trained_on(corpus: pd.DataFrame) -> pd.Series:
+    """Which rows of the other splits have a sentence of train."""
+    train = corpus["split"] == "train"
+    return ~train & corpus["sentence"].isin(corpus.loc[train, "sentence"])
+
+
+def remarks(folder: Path, data: Data) -> list[str]:
+    """Where each split was read, how many of its sentences are also trained on, and what ``data`` does with those."""
+    corpus = load_corpus(folder, data.columns)
     label_of, lines = corpus[corpus["split"] == "train"].set_index("sentence")["label"], []
     for split, path in data_files(folder).items():
-        table = corpus[corpus["split"] == split]
-        line = f"{split}: {len(table):,} sentences of {path.name}"
-        known = table[table["sentence"].isin(label_of.index)] if split != "train" else table.iloc[:0]
+        line = f"{split}: {(corpus['split'] == split).sum():,} sentences of {path.name}"
+        known = corpus[also_trained_on(corpus) & (corpus["split"] == split)]
         if len(known):
             other = sum((label_of.loc[[s]] != label).all() for s, label in known[["sentence", "label"]].to_numpy())
-            line += f", of which {len(known)} are also trained on, {other} with the other label"
+            done = "left out" if data.overlap == "leave_out" else 'kept (SET="data.overlap=leave_out" leaves them out)'
+            line += f", of which {len(known)} are also trained on, {other} with the other label: {done}"
         lines.append(line)
     return lines
 
 
 def publish_corpus(study: Study, seed: int, partial: Path, folder: Path, started: datetime) -> Path:
     """Publish the data run, whose sentences are in ``folder``, from its ``partial`` folder; returns the result's."""
+    data = study.profile.data
     evaluation = {
         str(split): {"n": int(row.sentences), "majority_reward": row.majority_reward}
-        for split, row in describe_corpus(load_corpus(folder, study.profile.data.columns)).iterrows()
+        for split, row in describe_corpus(load_corpus(folder, data.columns, data.overlap)).iterrows()
     }
     hashes = {path.name: folders.sha256(path) for path in data_files(folder).values()}
     root, run = folders.study_folder(study), study.run("data")
@@ -254,7 +266,7 @@ def load_checked_corpus(study: Study, seed: int) -> pd.DataFrame:
         found = folders.file_hashes(folder, name).get(name)
         if found != expected:
             raise ValueError(f"{folder / name} has sha256 {found}, but 01_data saw {expected}; run 01_data again.")
-    corpus = load_corpus(folder, data.columns)
+    corpus = load_corpus(folder, data.columns, data.overlap)
     if not data.generated:
         return corpus.assign(truth=pd.Series(pd.NA, index=corpus.index, dtype="Int64"), agreement=np.nan)
     agreement = 1 - corpus["source"].map(disagreement_by_source(data))

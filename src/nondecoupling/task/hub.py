@@ -91,3 +91,27 @@ def check_model(folder: Path) -> None:
             f"{folder} has no chat template, so that nothing says how the model is asked: choose a chat model, or add "
             f"chat_template.jinja."
         )
+    check_tokens(folder, said("config.json"))
+
+
+def check_tokens(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError where the tokenizer in ``folder`` may give ids for which the model of ``config`` has no row.
+
+    Special tokens that neither a chat nor the end of an answer needs may be beyond: Gemma has one of images.
+    """
+    from transformers import AutoTokenizer
+
+    size = (config.get("text_config") or config).get("vocab_size")
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each kind of tokenizer has faults of its own
+        raise ValueError(f"The tokenizer in {folder} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    needed = f"{tokenizer.special_tokens_map} {tokenizer.chat_template}"
+    added = tokenizer.added_tokens_decoder.items()
+    unused = {number for number, token in added if token.special and token.content not in needed}
+    last = max(number for number in tokenizer.get_vocab().values() if number not in unused)
+    if size and last >= size:
+        raise ValueError(
+            f"The tokenizer in {folder} has tokens up to number {last}, but the model has embeddings of only {size} "
+            f"(config.json's vocab_size): give it the model's own tokenizer, or resize the model's embeddings."
+        )

@@ -11,8 +11,7 @@ from typing import Any, NoReturn
 
 from nondecoupling.study import folders
 from nondecoupling.study.plan import SUMMARIES, Group
-from nondecoupling.study.results import collect, write_results
-from nondecoupling.study.study import Study, load_study, nearest, parse_overrides, parse_seeds
+from nondecoupling.study.study import FOLDERS, Study, load_study, nearest, parse_overrides, parse_seeds
 from nondecoupling.workflow import graph, notebooks
 from nondecoupling.workflow.carry import is_remote
 from nondecoupling.workflow.executor import alone, commands_of_runs, make_study
@@ -41,7 +40,8 @@ class Arguments(argparse.Namespace):
         seeds = ",".join(map(str, self.seeds))
         known = {"profile": self.profile, "data": self.data, "model": self.model, "set": self.set, "seeds": seeds}
         jobs = 1 if is_remote(self.scheduler) else self.jobs
-        return [f"--{name}={value}" for name, value in {**known, "jobs": jobs}.items()]
+        begun = {"begun": self.study.name} if self.study.chosen & FOLDERS.keys() else {}
+        return [f"--{name}={value}" for name, value in {**known, "jobs": jobs, **begun}.items()]
 
 
 def run_study(args: Arguments) -> None:
@@ -69,13 +69,19 @@ def run_part(args: Arguments) -> None:
     notebooks.quiet_environment(args.study, args.jobs)
     options = {"profile": args.profile, "data": args.data, "model": args.model, "overrides": parse_overrides(args.set)}
     start = time.perf_counter()
-    notebooks.execute(args.study, part, options)
+    try:
+        notebooks.execute(args.study, part, options)
+    except (RuntimeError, OSError):
+        load_begun(args)  # which has the true reason where files were changed after this process had looked
+        raise
     seconds = int(time.perf_counter() - start)
     print(f"{part.words} · {seconds // 60}:{seconds % 60:02d}", flush=True)
 
 
 def make_tables(args: Arguments) -> None:
     """Collect the finished runs into the study's tables."""
+    from nondecoupling.study.results import collect, write_results
+
     write_results(collect(args.study, args.seeds, graph.finished_groups(args.study, args.seeds)))
 
 
@@ -193,6 +199,7 @@ def parse(arguments: Sequence[str] | None) -> Arguments:
     parser.add_argument("--target", default="", help="one result file instead of the whole study")
     parser.add_argument("--run", default="", help="the run, or the summary, that `run` executes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--begun", default="", help="the name that the study had when it began")
     parser.add_argument("--random-weights", action="store_true", help="bench the model's shape without its weights")
     parser.add_argument("--shown", action="store_true", help="print the report's path")
     args = parser.parse_args(arguments, namespace=Arguments())
@@ -201,10 +208,22 @@ def parse(arguments: Sequence[str] | None) -> Arguments:
     if is_remote(args.scheduler) and not args.profile:
         raise ValueError("A cluster is asked for a study by its name: PROFILE=nano, laptop or paper with SCHEDULER=.")
     args.profile = args.profile or "nano"
-    args.study = load_study(args.profile, args.data, args.model, parse_overrides(args.set))
+    args.study = load_begun(args)
     args.seeds = parse_seeds(args.seeds or args.study.profile.seeds)
     args.data, args.model = (str(Path(folder).resolve()) if folder else "" for folder in (args.data, args.model))
     return args
+
+
+def load_begun(args: Arguments) -> Study:
+    """The study that the command line describes; ValueError where what it reads is not what it read when it began."""
+    study = load_study(args.profile, args.data, args.model, parse_overrides(args.set))
+    if args.begun in ("", study.name):
+        return study
+    changed = graph.changed_inputs(folders.results_root() / args.begun, study) or "Something that it reads has changed"
+    raise ValueError(
+        f"{changed} since the study '{args.begun}' began, all of whose runs must read the same. Put back what was "
+        f"there, and the same command goes on; leave it, and the same command begins a study of its own."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,13 +18,13 @@ from pathlib import Path
 from nondecoupling.study import folders
 from nondecoupling.study.plan import Group
 from nondecoupling.study.study import Study, load_profile, parse_seeds
-from nondecoupling.task import corpus, grammar, hub
 from nondecoupling.workflow import carry, kernels
 from nondecoupling.workflow.graph import (
     GROUPS,
     REPORT,
     TABLES,
     Part,
+    earlier_studies,
     finished_groups,
     parts_of,
     stale_parts,
@@ -88,6 +88,8 @@ def make_study(
         write_settings(study, parts, seeds, groups)
         rules = write_rules(root, parts, words)
         fetch_inputs(study)
+        for name, changed in earlier_studies(study).items():
+            print(f"{changed} since the study '{name}', whose runs stay where they are; this is a study of its own")
         wanted = [part for part in needed_by(goal, parts) if part.name not in (TABLES, REPORT)]
         notebooks = [part for part in stale_parts(root, parts) if part in wanted]
         how = f"by {scheduler}" if carry.is_remote(scheduler) else f"{jobs} at a time"
@@ -190,6 +192,8 @@ def fetch_inputs(study: Study) -> None:
 
     ValueError where the generated corpus is not described, or a folder of the user's holds no corpus or model.
     """
+    from nondecoupling.task import corpus, grammar, hub  # with pandas, which no recipe needs
+
     profile, root = study.profile, folders.study_folder(study)
     if profile.data.generated:
         corpus.disagreement_by_source(profile.data)
@@ -198,7 +202,8 @@ def fetch_inputs(study: Study) -> None:
     if profile.data.source == "hub" and not profile.data.folder and not folders.is_complete(root / "data"):
         hub.fetch_glue()
     if profile.data.folder and not folders.is_complete(root / "data"):
-        corpus.load_corpus(Path(profile.data.folder), profile.data.columns)
+        corpus.load_corpus(Path(profile.data.folder), profile.data.columns, profile.data.overlap)
+        print(*corpus.remarks(Path(profile.data.folder), profile.data), sep="\n", flush=True)
     if profile.model.folder and not folders.is_complete(root / "base"):
         hub.check_model(Path(profile.model.folder))
     if profile.model.hub and not profile.model.folder:

@@ -9,13 +9,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nondecoupling.study import folders, results
+from nondecoupling.study import folders
 from nondecoupling.study.fingerprint import PACKAGE, code_hashes, fingerprint, kind_of, notebook_of
 from nondecoupling.study.plan import MAKES, SUMMARIES, Group
-from nondecoupling.study.study import Study
+from nondecoupling.study.study import Study, inputs_of
 
 GROUPS: tuple[Group, ...] = ("main", "sweep", "controls", "geometry")
 TABLES, REPORT = "tables", "report"  # parts that no notebook makes
+INPUTS = "settings/inputs.json"  # what a study reads from folders of the user's: a digest of each file
 # Code that makes them; paths of the package.
 CODE_OF = {
     TABLES: ["study/results.py", "study/contracts.py"],
@@ -73,7 +74,7 @@ def parts_of(study: Study, seeds: list[int], groups: Collection[str]) -> list[Pa
     once = [part for of_run in by_run.values() for part in of_run if part.seed is None]
     each = [part for seed in seeds for of_run in by_run.values() for part in of_run if part.seed == seed]
     runs = [*once, *each]
-    tables = Part(TABLES, None, results.PROVENANCE, [part.target for part in runs], [])
+    tables = Part(TABLES, None, folders.PROVENANCE, [part.target for part in runs], [])
     parts = [*runs, tables]
     for name, read in SUMMARIES.items():
         if name in groups or name not in GROUPS:
@@ -140,9 +141,14 @@ def beside_other_parents(study: Study, root: Path, parts: list[Part]) -> list[Pa
 
 
 def write_settings(study: Study, parts: list[Part], seeds: list[int], groups: Collection[str]) -> None:
-    """Write each part's settings file where that changes what it says; age runs beside another parent than theirs."""
+    """Write each part's settings file where that changes what it says; age runs beside another parent than theirs.
+
+    What the study reads from folders of the user's is written down, too.
+    """
     root, settings = folders.study_folder(study), settings_of_parts(study, parts, seeds, groups)
     (root / "settings").mkdir(parents=True, exist_ok=True)
+    if inputs := inputs_of(study.profile):
+        folders.write_json(root / INPUTS, inputs)
     renewed = renewed_settings(root, parts, settings)
     for part in parts:
         if part.name in renewed:
@@ -150,6 +156,30 @@ def write_settings(study: Study, parts: list[Part], seeds: list[int], groups: Co
             renewed.remove(part.name)  # one file serves all seeds
     for part in beside_other_parents(study, root, parts):
         os.utime(root / part.target, (0, 0))  # older than anything, so that make makes it again
+
+
+def changed_inputs(root: Path, study: Study) -> str:
+    """The files that the study in ``root`` read and ``study`` would read otherwise, as a sentence's subject and verb.
+
+    Empty if there are none.
+    """
+    try:
+        before = dict(folders.read_json(root / INPUTS))
+    except (FileNotFoundError, TypeError, ValueError):
+        return ""
+    after = inputs_of(study.profile)
+    changed = [path for path in sorted({*before, *after}) if before.get(path) != after.get(path)]
+    if not changed:
+        return ""
+    what = "is gone" if changed[0] not in after else "is new" if changed[0] not in before else "has changed"
+    return f"{changed[0]} {what}" if len(changed) == 1 else f"{' and '.join(changed)} have changed"
+
+
+def earlier_studies(study: Study) -> dict[str, str]:
+    """Studies of the same settings whose input files were others: what has changed since, by the study's name."""
+    root = folders.study_folder(study)
+    named = [path for path in sorted(root.parent.glob(f"{root.name.rpartition('-')[0]}-??????")) if path != root]
+    return {path.name: changed for path in named if (changed := changed_inputs(path, study))}
 
 
 def stale_parts(root: Path, parts: list[Part], renewed: Collection[str] = ()) -> list[Part]:

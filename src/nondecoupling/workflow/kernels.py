@@ -50,8 +50,12 @@ MESSAGE_BYTES = 1 << 20  # above the largest that a socket takes
 def warm_kernels() -> Iterator[None]:
     """Kernels of this process and its children start warm inside, as soon as all is imported.
 
-    Libraries read the environment when they are imported, so it must be that of the kernels already.
+    Libraries read the environment when they are imported, so it must be that of the kernels already. Where somebody
+    around has such a server ready, it is theirs.
     """
+    if Path(os.environ.get(ADDRESS, "")).is_socket():
+        yield
+        return
     with tempfile.TemporaryDirectory() as folder:
         address = str(Path(folder) / "socket")
         serving = f"from nondecoupling.workflow.kernels import serve_warm; serve_warm({address!r})"
@@ -69,7 +73,7 @@ def warm_kernels() -> Iterator[None]:
             try:
                 yield
             finally:
-                del os.environ[ADDRESS]
+                os.environ.pop(ADDRESS, None)
                 server.kill()
 
 
