@@ -268,7 +268,7 @@ def run_bench(study: Study, random_weights: bool) -> None:
             base_with_random_weights(settings, base)
         elif settings.pretrains and settings.pretrain:
             print("pretraining the embedded base", flush=True)
-            pretrain(settings.pretrain, settings.prompt, set(), base, seed=0)
+            pretrain(settings.pretrain, settings.data, settings.prompt, set(), base, seed=0)
         else:
             base = base_folder(study, study.run("base"), 0)
         left_out = ["8-bit"] if settings.adaptation.method == "full" else []

@@ -18,7 +18,7 @@ from pathlib import Path
 from nondecoupling.study import folders
 from nondecoupling.study.plan import Group
 from nondecoupling.study.study import Study, load_profile, parse_seeds
-from nondecoupling.task import corpus, grammar, hub
+from nondecoupling.task import annotators, corpus, grammar, hub
 from nondecoupling.workflow import carry, kernels
 from nondecoupling.workflow.graph import (
     GROUPS,
@@ -192,9 +192,10 @@ def fetch_inputs(study: Study) -> None:
     """
     profile, root = study.profile, folders.study_folder(study)
     if profile.data.generated:
-        corpus.disagreement_by_source(profile.data)
+        annotators.disagreement_by_source(profile.data)
     if profile.pretrains and profile.pretrain:
-        grammar.require_each_phenomenon(profile.pretrain.taught, "pretrain.taught")
+        drawn = annotators.phenomena(profile.data)
+        grammar.require_each_phenomenon(profile.pretrain.taught, "pretrain.taught", drawn)
     if profile.data.source == "hub" and not profile.data.folder and not folders.is_complete(root / "data"):
         hub.fetch_glue()
     if profile.data.folder and not folders.is_complete(root / "data"):
