@@ -56,8 +56,8 @@ def shares_of(results: Results, seed: int) -> theory.FloatArray:
 def by_sentence(results: Results) -> pd.DataFrame:
     """A row per replication, dev sentence and answer: log-probabilities (nats) of who may give it.
 
-    Columns ``seed, source, truth, sentence`` (its number), ``label``; ``share`` (log p_D), ``sft, rl`` (measured), ``ideal``
-    (the tilt of p_D), and ``own`` (the tilt of the SFT policy, taken to be calibrated).
+    Columns ``seed, source, truth, sentence`` (its number), ``label``; ``share`` (log p_D), ``sft, rl`` (measured),
+    ``ideal`` (the tilt of p_D), and ``own`` (the tilt of the SFT policy, taken to be calibrated).
     """
     beta, tables = results.study.profile.rl.beta, []
     for seed in results.seeds:
