@@ -193,8 +193,8 @@ def title_of(rows: list[ClaimRow]) -> str:
     """What the figure shows, by the verdicts of M3 and M4."""
     held = [row["verdict"] == "confirmed" for row in rows if row["id"] in ("M3", "M4")]
     if all(held):
-        return "SFT ends at what annotators say, RL at its tilt"
-    return "What annotators say, its tilt, and where SFT and RL end"
+        return "SFT ends where annotators are, RL at their tilt"
+    return "Annotators, their tilt, and where SFT and RL end"
 
 
 def draw_sharpening(content: LabelsFile) -> Figure:
@@ -202,7 +202,7 @@ def draw_sharpening(content: LabelsFile) -> Figure:
 
     A point is an answer to the sentences of one phenomenon and truth; means over replications with 95 % intervals.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.8), layout="constrained")
     colours = dict(zip(content["answers"], sns.color_palette("colorblind", len(content["answers"])), strict=True))
     for answer, of in points_of(content):
         line = {"color": colours[answer], "markersize": 6, "linewidth": 0}
@@ -216,14 +216,14 @@ def draw_sharpening(content: LabelsFile) -> Figure:
         axes.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
     left.set_xscale("logit")
     left.set_yscale("logit")
-    ticks = [0.01, 0.1, 0.5, 0.9, 0.99]
+    ticks = [0.001, 0.01, 0.1, 0.5, 0.9, 0.99]
     for axis in (left.xaxis, left.yaxis):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_minor_locator(plt.NullLocator())
     left.set(xlabel="share of annotators who give the answer", ylabel="probability of the answer")
     right.set(xlabel="shift of log p by own belief's tilt, nats", ylabel="measured shift by RL, nats")
-    left.set_title(title_of(content["claims"]), loc="left", weight="bold", fontsize=11)
-    right.set_title("How far RL moves each answer", loc="left", weight="bold", fontsize=11)
+    left.set_title(title_of(content["claims"]), loc="left", weight="bold", fontsize=10)
+    right.set_title("How far RL moves each answer", loc="left", weight="bold", fontsize=10)
     name_marks(left, right, colours)
     return figure
 
