@@ -16,7 +16,7 @@ SCHEDULER ?=
 FORMAT  ?= grid
 # On processors runs are side by side with a thread each; studies of real models share a GPU one after the other.
 ifndef JOBS
-JOBS    := $(if $(and $(wildcard /dev/nvidia0),$(filter-out nano tiny,$(value PROFILE))),1,$(shell nproc 2>/dev/null || echo 2))
+JOBS    := $(if $(and $(wildcard /dev/nvidia0),$(filter-out nano tiny four,$(value PROFILE))),1,$(shell nproc 2>/dev/null || echo 2))
 endif
 # What a user writes is text, and never a rule or a command: options are read by $(value), and not handed to the
 # environment of recipes, for which make would expand them.
@@ -59,7 +59,7 @@ help: ## print the targets
 	@echo
 	@sed -nE 's/^([a-z0-9]+):.*## (.*)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
 	@echo
-	@echo '  PROFILE=nano|laptop|paper|tiny    SEEDS=0-4    JOBS=2 (runs side by side)'
+	@echo '  PROFILE=nano|laptop|paper|tiny|four  SEEDS=0-4  JOBS=2 (runs side by side)'
 	@echo '  DATA=folder of TSV files          MODEL=folder of a causal LM'
 	@echo '  SET="rl.beta=0.25 sft.steps=100"  any setting of src/nondecoupling/profiles/'
 	@echo '  SCHEDULER=local|tcp://host:8786   a Dask cluster; also its scheduler file'

@@ -87,7 +87,7 @@ def make_base(study: Study, seed: int = 0) -> Path:
     base = bases.base_folder(study, run, seed) if settings.model.folder else partial / folders.POLICY
     if not settings.model.folder:
         exclude = set(table["sentence"])
-        pretrain.pretrain(settings.pretrain, settings.prompt, exclude, base, seed)
+        pretrain.pretrain(settings.pretrain, settings.data, settings.prompt, exclude, base, seed)
     policy, tokenizer = models.load_base(base, settings.model), models.load_tokenizer(base)
     tables = evaluation.evaluation_tables(table, settings.evaluation)
     measured = evaluation.measure_policy(policy, tokenizer, settings, seed, tables, references={})

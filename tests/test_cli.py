@@ -38,6 +38,9 @@ def no_kernel(monkeypatch):
     ("arguments", "words"),
     [
         (["run", "--run", "sft", "--profile", "nanno"], ["'nanno'", "'nano'"]),
+        (["controls", "--profile", "four"], ["4 answers", "make controls needs a study with two", "make reproduce"]),
+        (["geometry", "--profile", "four"], ["make geometry needs a study with two"]),
+        (["run", "--run", "theory", "--profile", "four"], ["no run 'theory'"]),
         (["run", "--run", "sft", "--seeds", "4-0"], ["'4-0'", "0,3,7"]),
         (["run", "--run", "sft", "--set", "rl.betta=1"], ["'rl.betta'", "'rl.beta'"]),
         (["run", "--run", "sft", "--set", "rl.beta"], ["'rl.beta'", "rl.beta=0.25"]),

@@ -12,7 +12,7 @@ from conftest import make_data, tiny
 from nondecoupling.study import folders
 from nondecoupling.study.profile import Columns, Data
 from nondecoupling.study.study import load_study, parse_overrides
-from nondecoupling.task import corpus, grammar, hub
+from nondecoupling.task import annotators, corpus, grammar, hub
 from nondecoupling.workflow import __main__ as cli
 from nondecoupling.workflow import executor, graph, notebooks
 
@@ -219,7 +219,7 @@ def test_the_order_in_which_rates_are_written_changes_no_label(tmp_path):
 )
 def test_a_phenomenon_that_is_unknown_or_left_out_is_named(rates, words):
     with pytest.raises(ValueError, match=words) as caught:
-        corpus.disagreement_by_source(SMALL.model_copy(update={"disagreement": rates}))
+        annotators.disagreement_by_source(SMALL.model_copy(update={"disagreement": rates}))
     assert "it must name each of agreement, determiner," in str(caught.value)
 
 
@@ -246,7 +246,7 @@ def test_truth_and_agreement_are_known_of_every_generated_sentence(read, rates):
     expected = [1 - (rates if rates == 0.2 else rates[source]) for source in table["source"]]
     assert table["agreement"].tolist() == expected
     assert flips(table).any()
-    true = corpus.with_true_labels(table)
+    true = annotators.with_true_labels(table)
     assert (true["label"] == table["truth"]).all()
     assert (true["agreement"] == 1.0).all()
 

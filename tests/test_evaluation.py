@@ -16,7 +16,7 @@ from nondecoupling.study.profile import Model, Prompt
 from nondecoupling.study.study import load_study
 from nondecoupling.task import prompts
 from nondecoupling.training import models, pretrain
-from nondecoupling.training.evaluation import mean_outcome_kl, measure_policy, predict, summarise, three_outcomes
+from nondecoupling.training.evaluation import mean_outcome_kl, measure_policy, outcomes, predict, summarise
 from nondecoupling.training.generation import Prefix, batches, common_start, padded
 
 PLAIN = Model(folder=None, quantization="none", dtype="float32")
@@ -331,6 +331,33 @@ def test_metrics_by_hand(by_hand, metric, value):
     assert by_hand[metric] == pytest.approx(value, abs=1e-12)
 
 
+def test_metrics_of_four_answers_by_hand():
+    """Of three sentences with labels 3, 0, 2 the likeliest answers are 3, 0 and 1."""
+    four = load_study("four").profile.prompt
+    p = np.array([[0.1, 0.1, 0.1, 0.6], [0.5, 0.2, 0.1, 0.2], [0.1, 0.4, 0.3, 0.2]])
+    table = pd.DataFrame(np.log(p), columns=[f"logp_{label}" for label in range(4)])
+    table = table.assign(
+        label=[3, 0, 2], sampled=["nothing", "order", "Tense."], greedy=["nothing", "argument", "order"]
+    )
+    found = summarise(table, four, (2, 2, 2, 3), {"parent": table})
+    expected = {
+        "majority_reward": 2 / 3 - 1,
+        "sft_loss": -math.log(0.6 * 0.5 * 0.3) / 3,
+        "sft_loss_per_token": -math.log(0.6 * 0.5 * 0.3) / 7,
+        "label_loss": -math.log(0.6 / 0.9 * 0.5 * 0.3) / 3,
+        "reward_exact": (0.2 + 0.0 - 0.4) / 3,
+        "reward_sampled": 1 / 3,
+        "reward_sampled_strict": -1 / 3,
+        "reward_greedy": 1 / 3,
+        "accuracy": 2 / 3,
+        "predicted_acceptable_rate": 1 / 3,
+        "mcc": sklearn_metrics.matthews_corrcoef([3, 0, 2], [3, 0, 1]),
+        "entropy": stats.entropy([[*p[0], 0.1], [*p[1], 0.0], [*p[2], 0.0]], axis=1).mean(),
+        "kl_to_parent": 0.0,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
 def test_metrics_agree_with_sklearn_and_scipy(by_hand):
     outcomes = np.column_stack([UNACCEPTABLE, ACCEPTABLE, [0.1, 0.1, 0.1, 0.25]])
     reference = np.array([[0.2, 0.7, 0.1], [0.5, 0.25, 0.25], [0.2, 0.7, 0.1], [0.25, 0.5, 0.25]])
@@ -359,7 +386,7 @@ def test_a_constant_answer_has_no_correlation_and_half_the_balanced_accuracy():
 
 def test_impossible_answers_leave_entropy_and_divergence_finite():
     sure = predictions([0, 1, 0, 1], [1, 0, 1, 0])
-    assert three_outcomes(sure).tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0]]
+    assert outcomes(sure).tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0]]
     assert mean_outcome_kl(sure, sure) == 0
     assert math.isfinite(mean_outcome_kl(predictions(UNACCEPTABLE, ACCEPTABLE), sure))
     assert summarise(sure, PROMPT, (2, 2), {})["entropy"] == 0

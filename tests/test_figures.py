@@ -6,7 +6,7 @@ import pytest
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from nondecoupling.analysis import figures, theory
+from nondecoupling.analysis import figures, predictions, theory
 
 PARTS = {"own_belief": 0.2, "perfect_learner": 0.3, "gap_to_own_belief": {"mean": 0.0, "ci95": None}}
 
@@ -114,7 +114,8 @@ def test_the_crossing_says_how_many_seeds_cross():
 def test_levels_of_a_stage_are_means_over_the_sentences():
     path = pd.DataFrame({"step": [0, 9], "sft_loss": [0.6, 0.5], "reward_exact": 0.2, "reward_greedy": 0.3})
     path["majority_reward"] = 0.37
-    figures.draw_stage(path, ["sft_loss", "reward_exact"], np.array([0.9, 0.6]))
+    known = pd.DataFrame({"truth": [1, 0], "agreement": [0.9, 0.6]})
+    figures.draw_stage(path, ["sft_loss", "reward_exact"], predictions.best_possible(known))
     loss, reward = plt.gcf().axes
     dashed = [[line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"] for axes in (loss, reward)]
     assert dashed[0] == pytest.approx([np.mean(theory.calibrated_loss([0.9, 0.6]))])

@@ -7,8 +7,9 @@ from scipy.special import expit
 
 from nondecoupling.analysis import theory
 from nondecoupling.study import folders
+from nondecoupling.study.results import label_log_probabilities
 from nondecoupling.training import gradients
-from nondecoupling.training.evaluation import label_log_probabilities, predict
+from nondecoupling.training.evaluation import predict
 from nondecoupling.training.gradients import Sentences
 from trainers import disturb, gradient
 

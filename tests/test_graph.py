@@ -74,6 +74,7 @@ def test_summaries_wait_for_the_runs_they_read_and_the_report_for_the_claims(gro
     by_name = {part.name: part for part in parts if part.seed is None}
     for group in ("controls", "geometry"):
         assert (group in by_name) == (group in groups)
+    assert "labels" not in by_name  # of studies with more than two answers
     for summary, read in SUMMARIES.items():
         runs = {run.name for run in study.runs_of(*set(groups).intersection(read))}
         if summary in by_name:
@@ -241,3 +242,9 @@ def test_commands_are_those_of_the_unfinished_runs_each_after_what_it_needs(root
         folders.write_json(root / part.target, {"parents": parents})
     left = executor.commands_of_runs(study, [0, 3], ["--profile=nano", "--data=it's"])
     assert left == [line for line, part in zip(lines, parts, strict=True) if part not in made]
+
+
+def test_a_study_of_four_answers_has_its_chapter_before_the_claims():
+    parts = {part.name: part for part in graph.parts_of(load_study("four"), [0], graph.GROUPS)}
+    assert list(parts) == ["data", "base", "sft", "sft-rl", "rl", "rl-sft", "tables", "labels", "claims", "report"]
+    assert parts["claims"].needs[-1] == parts["labels"].target == "labels.json"

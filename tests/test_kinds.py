@@ -13,10 +13,11 @@ from conftest import make_base, make_data, results_in
 from kinds import KINDS, MAMBA, make_model
 from nondecoupling.study import folders
 from nondecoupling.study.profile import Model
+from nondecoupling.study.results import label_log_probabilities
 from nondecoupling.study.study import load_study
 from nondecoupling.task import hub, prompts
 from nondecoupling.training import models
-from nondecoupling.training.evaluation import label_log_probabilities, predict
+from nondecoupling.training.evaluation import predict
 from nondecoupling.training.stage import prepare_stage, publish_stage
 from nondecoupling.workflow import __main__ as cli
 from nondecoupling.workflow import executor

@@ -21,13 +21,18 @@ def answers(log_odds, labels=LABELS, **more):
     return policy("x", log_odds, labels, [0], **more)
 
 
+def log_odds(logp):
+    return logp[:, 1] - logp[:, 0]
+
+
 # Temperatures
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_best_temperature_undoes_a_known_one(temperature):
     # two standard errors of a slope fitted to 4,000 labels are about 6 %
-    assert measures.best_temperature(CALIBRATED * temperature, LABELS) == pytest.approx(temperature, rel=0.06)
+    logp = theory.two_label_policy(CALIBRATED * temperature)
+    assert measures.best_temperature(logp, theory.certain(LABELS, 2)) == pytest.approx(temperature, rel=0.06)
 
 
 def test_halves_share_no_sentence_and_miss_none():
@@ -39,7 +44,7 @@ def test_halves_share_no_sentence_and_miss_none():
 def test_a_temperature_comes_from_the_other_half():
     """Even sentences are three times too sure and odd ones as sure as they should be: each half gets the other's."""
     sure = np.where(np.arange(4000) % 2 == 0, 3.0, 1.0)
-    found = measures.recalibrated(answers(CALIBRATED * sure)) / (CALIBRATED * sure)
+    found = log_odds(measures.recalibrated(answers(CALIBRATED * sure))) / (CALIBRATED * sure)
     assert found[0::2] == pytest.approx(1, rel=0.1)  # in-sample it would be a third
     assert found[1::2] == pytest.approx(1 / 3, rel=0.1)  # in-sample it would be one
 
@@ -47,7 +52,7 @@ def test_a_temperature_comes_from_the_other_half():
 def test_labels_of_a_half_do_not_touch_its_own_temperature():
     changed = LABELS.copy()
     changed[0::2] = 1 - changed[0::2]
-    before, after = (measures.recalibrated(answers(CALIBRATED, labels)) for labels in (LABELS, changed))
+    before, after = (log_odds(measures.recalibrated(answers(CALIBRATED, labels))) for labels in (LABELS, changed))
     assert np.array_equal(before[0::2], after[0::2])
     assert not np.isclose(before[1::2], after[1::2]).any()
 

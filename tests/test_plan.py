@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from nondecoupling.study.plan import one_per_beta, starts, three_betas
+from nondecoupling.study.plan import has_two_answers, one_per_beta, starts, summaries, three_betas
 from nondecoupling.study.study import PROFILES, changed_settings, load_study, parse_overrides
 
-NAMES = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+NAMES = sorted(path.stem for path in PROFILES.glob("*.yaml") if path.stem != "four")
 
 
 @pytest.fixture(params=[[], ["data"], ["model"], ["data", "model"]], ids=" and ".join)
@@ -152,3 +152,12 @@ def test_a_chosen_number_of_points_reaches_every_run(settings, points):
 def test_a_policy_goes_back_to_the_base_that_it_was_trained_from():
     study = load_study("nano")
     assert {study.base_of(run).name for run in study.runs[1:]} == {"base"}
+
+
+def test_with_more_than_two_answers_there_are_both_experiments_and_their_own_chapter():
+    four, nano = load_study("four"), load_study("nano")
+    assert [run.name for run in four.runs] == [run.name for run in nano.runs_of("main")]
+    assert all(four.settings_of(run) for run in four.runs)
+    assert set(summaries(four.profile)) == {"labels", "claims"}
+    assert set(summaries(nano.profile)) == {"theory", "controls", "geometry", "claims"}
+    assert (has_two_answers(four.profile), has_two_answers(nano.profile)) == (False, True)

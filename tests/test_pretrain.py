@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nondecoupling.study.study import load_study
-from nondecoupling.task import corpus, grammar, prompts
+from nondecoupling.task import annotators, corpus, grammar, prompts
 from nondecoupling.training import models, pretrain
 from nondecoupling.training.generation import padded
 
@@ -41,7 +41,7 @@ def grow(tmp_path):
 
     def grow(seed=0, exclude=(), name="policy", **changes):
         changed = TINY.pretrain.model_copy(update={"corpus_size": 300, "steps": 3} | changes)
-        history = pretrain.pretrain(changed, TINY.prompt, set(exclude), tmp_path / name, seed)
+        history = pretrain.pretrain(changed, TINY.data, TINY.prompt, set(exclude), tmp_path / name, seed)
         return history, (tmp_path / name / "model.safetensors").read_bytes(), tmp_path / name
 
     return grow
@@ -51,8 +51,9 @@ def chat_loss(model, tokenizer, prompt, rows, read=pretrain.reading):
     """The loss of chats about ``rows``, which ``read`` reads with ``model``."""
     questions, (answers, _) = prompts.prompt_ids(tokenizer, prompt, rows["sentence"]), answers_of(tokenizer, prompt)
     p_acceptable = torch.tensor(rows["p_acceptable"].to_numpy(), dtype=torch.float32)
-    ids, _ = padded(pretrain.chat_rows(questions, answers, p_acceptable), tokenizer.pad_token_id, "right")
-    return pretrain.chat_loss(read(model, ids), [len(question) for question in questions], answers, p_acceptable)
+    p = torch.stack([1 - p_acceptable, p_acceptable], 1)
+    ids, _ = padded(pretrain.chat_rows(questions, answers, p), tokenizer.pad_token_id, "right")
+    return pretrain.chat_loss(read(model, ids), [len(question) for question in questions], answers, p)
 
 
 def wording(unacceptable, acceptable):
@@ -86,6 +87,46 @@ def test_an_answers_loss_is_that_of_both_where_they_part_and_its_own_elsewhere(m
         loss, counted = chat_loss(model, nano_tokenizer, prompt, ROWS)
     assert loss.item() == pytest.approx(total, rel=1e-5)
     assert counted == tokens
+
+
+FOUR = load_study("four").profile
+
+
+def test_four_answers_are_taught_with_their_probabilities_where_they_part(model, nano_tokenizer):
+    """The first token in which they differ has all of them as its target, the rest is the likeliest one's."""
+    prompt = TINY.prompt.model_copy(
+        update={"unacceptable": ["it is red", "it is old", "it is new"], "acceptable": "it is"}
+    )
+    answers = [prompts.response_ids(nano_tokenizer, text) for text in prompts.responses(prompt)]
+    fork, shares = pretrain.fork_of(answers), torch.tensor([[0.1, 0.5, 0.25, 0.15]])
+    [question] = prompts.prompt_ids(nano_tokenizer, prompt, ["The boys slept."])
+    [row] = pretrain.chat_rows([question], answers, shares)
+    assert row == question + answers[1]
+    with torch.no_grad():
+        logp = model(torch.tensor([row])).logits[0].log_softmax(-1)[len(question) - 1 :]
+        loss, tokens = pretrain.chat_loss(
+            pretrain.reading(model, torch.tensor([row])), [len(question)], answers, shares
+        )
+    expected = -sum(p * logp[fork, ids[fork]].item() for p, ids in zip(shares[0].tolist(), answers, strict=True))
+    expected -= sum(logp[place, token].item() for place, token in enumerate(answers[1]) if place != fork)
+    assert (fork > 0, tokens) == (True, len(answers[1]))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_answers_that_one_token_cannot_tell_apart_are_refused():
+    with pytest.raises(ValueError, match="must tell all of them apart"):
+        pretrain.fork_of([[5, 1, 9], [5, 2, 9], [5, 2, 8]])
+
+
+def test_targets_of_four_answers_leave_the_first_one_the_rest():
+    settings = FOUR.pretrain.model_copy(update={"corpus_size": 90})
+    read = pretrain.pretraining_sentences(settings, set(), 0, FOUR.data.violations)
+    assert set(read["source"]) == set(FOUR.data.violations)
+    sure, unsure = pretrain.targets(settings, read, annotators.truths(FOUR.data, read))
+    for row, first, last in zip(read.itertuples(), sure, unsure, strict=True):
+        right = 3 if row.label else FOUR.data.violations[row.source]
+        assert first.tolist() == [float(label == right) for label in (1, 2, 3)]
+        assert last.tolist() == settings.taught[row.source][row.label][1:]
 
 
 def test_the_cases_are_answers_of_one_and_of_several_tokens_that_part_soon_and_late(nano_tokenizer):
@@ -206,7 +247,7 @@ def test_targets_come_down_from_right_answers_to_what_the_base_is_to_answer():
     settings = TINY.pretrain.model_copy(update=changes)
     read = pretrain.pretraining_sentences(settings, set(), 0)
     known = read["source"] == "case"
-    sure, unsure = pretrain.targets(settings, read)
+    sure, unsure = (target[:, 0] for target in pretrain.targets(settings, read, annotators.truths(TINY.data, read)))
     assert sure[known] == pytest.approx(read.loc[known, "label"])
     assert unsure[known] == pytest.approx(np.where(read.loc[known, "label"] == 1, 0.7, 0.3))
     assert sure[~known] == pytest.approx(0.6)  # where it is to tell nothing apart, from the beginning
@@ -225,9 +266,9 @@ def test_no_sentence_comes_again_before_all_have_come():
 def test_each_step_reads_chats_and_grammatical_text_and_nothing_that_is_excluded(grow, monkeypatch, tmp_path):
     chats, texts, chat_rows, text_loss = [], [], pretrain.chat_rows, pretrain.text_loss
 
-    def chats_noted(questions, answers, p_acceptable):
-        chats.append((questions, p_acceptable))
-        return chat_rows(questions, answers, p_acceptable)
+    def chats_noted(questions, answers, p):
+        chats.append((questions, p[:, 1]))
+        return chat_rows(questions, answers, p)
 
     def texts_noted(logits_at, ids, mask):
         texts.extend(row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True) if seen.any())
@@ -242,7 +283,8 @@ def test_each_step_reads_chats_and_grammatical_text_and_nothing_that_is_excluded
     asked = [[tokenizer.decode(row).split("\n\n")[1].partition("<|im_end|>")[0] for row in rows] for rows, _ in chats]
     assert [len(sentences) for sentences in asked] == [14] * 3
     assert len(set(sum(asked, []))) == 3 * 14
-    expected = known.loc[asked[-1], "p_acceptable"].to_numpy()  # when targets have come down
+    taught = known.loc[asked[-1]]  # when targets have come down
+    expected = [settings.taught[source][label] for source, label in zip(taught["source"], taught["label"], strict=True)]
     assert chats[-1][1].numpy() == pytest.approx(expected)
     assert len(texts) == 3 * 6
     read = [tokenizer.decode(row, skip_special_tokens=True) for row in texts]

@@ -15,7 +15,8 @@ from trl import RewardTrainer, SFTTrainer
 from conftest import make_data, tiny
 from nondecoupling.study import fingerprint, folders
 from nondecoupling.task import prompts
-from nondecoupling.task.corpus import load_checked_corpus, with_true_labels
+from nondecoupling.task.annotators import with_true_labels
+from nondecoupling.task.corpus import load_checked_corpus
 from nondecoupling.training.evaluation import evaluation_tables, predict
 from nondecoupling.training.models import count_parameters
 from nondecoupling.training.stage import (

@@ -127,7 +127,9 @@ def joint_claims(study: Study) -> list[Claim]:
 
 
 def controls_not_run(study: Study) -> list[ClaimRow]:
-    """The rows of controls and joint training of a study that has run none."""
+    """The rows of controls and joint training of a study that has run none; empty where its plan has none."""
+    if not study.runs_of("controls"):
+        return []
     return [not_run(claim, MAKES["controls"]) for claim in [*controls_of(study), *joint_claims(study)]]
 
 

@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
-from scipy.special import expit
 
 from nondecoupling.analysis import theory
-from nondecoupling.analysis.predictions import frontier, label_log_odds, mean_path
+from nondecoupling.analysis.predictions import frontier, label_policy, labels_given, mean_path
 from nondecoupling.analysis.statistics import interval_text, mean_interval, shown
 from nondecoupling.study.contracts import ClaimRow, Crossing, OverSeeds, Payer, SweepEntry, Tilt
 from nondecoupling.study.plan import NAMES, WEIGHTS
@@ -133,19 +132,18 @@ def label_levels(axes: Axes, levels: dict[str, float]) -> None:
         )
 
 
-def draw_stage(trajectory: pd.DataFrame, quantities: list[str], q: ArrayLike) -> None:
-    """One stage's ``quantities`` along its steps, in panels; ``q`` is q(x) of the sentences, nan where unknown.
+def draw_stage(trajectory: pd.DataFrame, quantities: list[str], best: dict[str, float]) -> None:
+    """One stage's ``quantities`` along its steps, in panels; ``best`` is `predictions.best_possible` of the sentences.
 
-    Dashed are means over q(x). For the loss the best possible H(q); for rewards the majority answer, the calibrated
-    policy (2q-1)^2 (sampled answers only) and the sharp one 2q-1. Without q there is the majority answer alone.
+    Dashed are, for the loss, the best possible; for rewards the majority answer, the calibrated policy (sampled answers
+    only) and the sharp one. Where nobody knows what annotators say there is the majority answer alone.
     """
     majority = trajectory["majority_reward"].iloc[0]
     levels = {"reward_exact": [majority], "reward_greedy": [majority]}
-    if not np.isnan(q).any():
-        sharp = float(np.mean(theory.sharp_reward(q)))
-        levels["sft_loss"] = [float(np.mean(theory.calibrated_loss(q)))]
-        levels["reward_exact"] += [float(np.mean(theory.calibrated_reward(q))), sharp]
-        levels["reward_greedy"] += [sharp]
+    if best:
+        levels["sft_loss"] = [best["loss"]]
+        levels["reward_exact"] += [best["reward"], best["greedy"]]
+        levels["reward_greedy"] += [best["greedy"]]
     grid = sns.relplot(
         trajectory.melt("step", quantities, "quantity"),
         x="step", y="value", col="quantity", kind="line", marker="o", height=2.6, facet_kws={"sharey": False},
@@ -320,12 +318,12 @@ def draw_calibration(answers: dict[str, pd.DataFrame], levels: list[float]) -> F
     figure, axes = plt.subplots(2, len(answers), figsize=(2.1 * len(answers), 4.6), sharex=True, sharey="row")
     bins = np.linspace(0, 1, 11)
     for (run, table), (above, below) in zip(answers.items(), axes.T, strict=True):
-        p = pd.Series(expit(label_log_odds(table)))
+        p = pd.Series(np.exp(label_policy(table)[:, -1]))
         sns.histplot(x=p, bins=np.linspace(0, 1, 21), stat="probability", color=COLOURS[run], ax=above)
         above.set_title(NAMES[run], color=ink(COLOURS[run]), weight="bold")
         for level in levels:
             above.axvline(level, color="0.25", linestyle=":")
-        groups = pd.DataFrame({"p": p, "label": table["label"].to_numpy()}).groupby(
+        groups = pd.DataFrame({"p": p, "label": labels_given(table)[:, -1] == 0}).groupby(
             pd.cut(p, bins, include_lowest=True), observed=True
         )
         points = groups.agg(p=("p", "mean"), share=("label", "mean"), n=("label", "size"))

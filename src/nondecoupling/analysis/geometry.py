@@ -342,7 +342,9 @@ def judge_geometry(results: Results, changes: pd.DataFrame | None) -> list[Claim
 
 
 def geometry_not_run(study: Study) -> list[ClaimRow]:
-    """The rows of a study that has not run the chapter."""
+    """The rows of a study that has not run the chapter; empty where its plan has no runs of it."""
+    if not study.runs_of("geometry"):
+        return []
     return [not_run(claim, MAKES["geometry"]) for claim in (SECOND_ORDER, *CLAIMS)]
 
 

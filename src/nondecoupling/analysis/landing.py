@@ -226,7 +226,7 @@ def sharpening(log_odds: np.ndarray, labels: pd.Series, loss: float) -> tuple[fl
     def excess(log_t: float) -> float:
         return theory.loss_on_labels(theory.tempered_log_odds(log_odds, np.exp(log_t)), labels) - loss
 
-    best = best_temperature(log_odds, labels)
+    best = best_temperature(theory.two_label_policy(log_odds), theory.certain(labels, 2))
     crossed = excess(np.log(best)) < 0 < excess(-9)
     return best, float(np.exp(brentq(excess, -9, np.log(best)))) if crossed else np.nan
 

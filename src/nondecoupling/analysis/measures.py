@@ -1,6 +1,6 @@
 """One number for a policy, or for a change of policies, from its answers to every dev sentence.
 
-Losses (nats) and rewards are those of the two labels, renormalised, on the labels as given. What is fitted is fitted on
+Losses (nats) and rewards are those of the labels, renormalised, on the labels as given. What is fitted is fitted on
 half of the sentences and used on the other half, so that no policy profits from sentences that it is measured on.
 """
 
@@ -13,20 +13,20 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_expit
 from sklearn.metrics import roc_auc_score
 
-from nondecoupling.analysis import theory
-from nondecoupling.analysis.predictions import label_log_odds
+from nondecoupling.analysis import predictions, theory
+from nondecoupling.analysis.predictions import label_log_odds, label_policy, labels_given
 
 TEMPERATURES = np.geomspace(0.2, 5, 200)  # of a curve, from cold to hot
 
 
 def label_loss(answers: pd.DataFrame) -> float:
-    """L of a policy, nats over the two labels."""
-    return theory.loss_on_labels(label_log_odds(answers), answers["label"])
+    """L of a policy, nats over the labels."""
+    return theory.sft_loss(label_policy(answers), labels_given(answers))
 
 
 def label_reward(answers: pd.DataFrame) -> float:
-    """J of a policy over the two labels, its answers sampled."""
-    return theory.reward_on_labels(label_log_odds(answers), answers["label"])
+    """J of a policy over the labels, its answers sampled."""
+    return theory.expected_reward(label_policy(answers), theory.agreement_reward(labels_given(answers)))
 
 
 def greedy_share(before: pd.DataFrame, after: pd.DataFrame) -> float:
@@ -34,15 +34,21 @@ def greedy_share(before: pd.DataFrame, after: pd.DataFrame) -> float:
 
     nan where nothing was gained.
     """
-    greedy = theory.reward_on_labels(theory.tempered_log_odds(label_log_odds(before), 0), before["label"])
+    greedy = predictions.measures(label_policy(before), labels_given(before))["greedy"]
     gain = label_reward(after) - label_reward(before)
     return (greedy - label_reward(before)) / gain if gain > 0 else np.nan
 
 
 def auroc(answers: pd.DataFrame) -> float:
-    """How well log-odds rank sentences: the area under the ROC curve, against the truth, or the labels if unknown."""
+    """How well log-odds rank sentences: the area under the ROC curve, against the truth, or the labels if unknown.
+
+    With more than two labels, the mean of that over all pairs of labels.
+    """
     truth = answers["label"] if answers["truth"].isna().any() else answers["truth"].astype(int)
-    return float(roc_auc_score(truth, label_log_odds(answers)))
+    logp = label_policy(answers)
+    if logp.shape[1] == 2:
+        return float(roc_auc_score(truth, label_log_odds(answers)))
+    return float(roc_auc_score(truth, np.exp(logp), multi_class="ovo", labels=range(logp.shape[1])))
 
 
 def kl_between(before: pd.DataFrame, after: pd.DataFrame) -> float:
@@ -69,26 +75,26 @@ def halves(sentences: int) -> Iterator[tuple[NDArray[np.int_], NDArray[np.int_]]
     yield odd, even
 
 
-def best_temperature(log_odds: ArrayLike, labels: ArrayLike) -> float:
-    """The temperature, between e^-3 and e^3, at which a policy has the least loss on ``labels``."""
+def best_temperature(logp: theory.FloatArray, labels: theory.FloatArray) -> float:
+    """The temperature, between e^-3 and e^3, at which a policy (sentences, K) has the least loss on ``labels``."""
 
     def loss(log_temperature: float) -> float:
-        return theory.loss_on_labels(theory.tempered_log_odds(log_odds, np.exp(log_temperature)), labels)
+        return theory.sft_loss(theory.tempered(logp, float(np.exp(log_temperature))), labels)
 
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
 def temperature_of_least_loss(answers: pd.DataFrame) -> float:
     """`best_temperature` of a policy on all its sentences: 1 is calibrated, more is overconfident."""
-    return best_temperature(label_log_odds(answers), answers["label"])
+    return best_temperature(label_policy(answers), labels_given(answers))
 
 
 def recalibrated(answers: pd.DataFrame) -> NDArray[np.float64]:
-    """A policy's log-odds, each half of its sentences at the `best_temperature` of the other half, (sentences,)."""
-    log_odds, labels = label_log_odds(answers), answers["label"].to_numpy()
-    found = np.empty_like(log_odds)
+    """A policy, each half of its sentences at the `best_temperature` of the other half, (sentences, K)."""
+    logp, labels = label_policy(answers), labels_given(answers)
+    found = np.empty_like(logp)
     for fit, use in halves(len(labels)):
-        found[use] = log_odds[use] / best_temperature(log_odds[fit], labels[fit])
+        found[use] = theory.tempered(logp[use], best_temperature(logp[fit], labels[fit]))
     return found
 
 
@@ -98,7 +104,7 @@ def share_taken_back(before: pd.DataFrame, after: pd.DataFrame) -> float:
     nan where the loss has not risen.
     """
     rise = label_loss(after) - label_loss(before)
-    back = label_loss(after) - theory.loss_on_labels(recalibrated(after), after["label"])
+    back = label_loss(after) - theory.sft_loss(recalibrated(after), labels_given(after))
     return back / rise if rise > 0 else np.nan
 
 

@@ -1,8 +1,9 @@
 """What theory predicts for each claim: for a *perfect learner*, who knows the truth, and by a policy's *own belief*.
 
-A perfect learner's stages reach their optimum: SFT ends calibrated (loss H(q), reward (2q-1)^2), RL at its closed form.
-Own belief starts from the measured policy, takes it to be calibrated, and needs no known truth. Neither reads a policy
-that the stage which it predicts has made.
+A perfect learner's stages reach their optimum: SFT ends calibrated (of two answers: loss H(q), reward (2q-1)^2), RL at
+its closed form. Own belief starts from the measured policy, takes it to be calibrated, and needs no known truth.
+Neither reads a policy that the stage which it predicts has made. Levels, claims and the frontiers that RL traces are
+for any number of answers; controls are for two.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,12 +13,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq
-from scipy.special import logit, xlog1py, xlogy
+from scipy.special import log_softmax, logit, xlog1py, xlogy
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.statistics import over_seeds
 from nondecoupling.study.contracts import ClaimRow, Level
-from nondecoupling.study.results import Results
+from nondecoupling.study.results import Results, label_log_probabilities
 
 FRONTIER_BETAS = np.geomspace(0.3, 30, 60)  # at which frontiers are drawn
 SAME_PREDICTION = {"K1": "A1", "K3r": "O1", "K10": "A1"}  # other training, or a reward like a coin, changes nothing
@@ -29,6 +30,38 @@ Predictions = dict[str, float]  # by the claims' ids
 def label_log_odds(answers: pd.DataFrame) -> np.ndarray:
     """log p(acceptable) - log p(unacceptable) of a policy's answers, (sentences,)."""
     return (answers["logp_acceptable"] - answers["logp_unacceptable"]).to_numpy()
+
+
+def label_policy(answers: pd.DataFrame) -> theory.FloatArray:
+    """A policy's log-probabilities of the answers, renormalised to them alone, (sentences, K)."""
+    return log_softmax(label_log_probabilities(answers), axis=1)
+
+
+def labels_given(answers: pd.DataFrame) -> theory.FloatArray:
+    """The labels as given, as log-probabilities of annotators who give no others, (sentences, K)."""
+    return theory.certain(answers["label"], label_log_probabilities(answers).shape[1])
+
+
+def known_annotators(table: pd.DataFrame) -> theory.FloatArray | None:
+    """Log-probabilities of the label that an annotator gives to each sentence of ``table``, (sentences, K).
+
+    None where nobody knows them.
+    """
+    shares = table[sorted((name for name in table if name.startswith("share_")), key=lambda name: int(name[6:]))]
+    if shares.shape[1]:
+        with np.errstate(divide="ignore"):
+            return np.log(shares.to_numpy(dtype=float))
+    q = agreement_of(table)
+    return None if q is None else theory.annotator_policy(table["truth"].astype(int), 1 - q)
+
+
+def best_possible(table: pd.DataFrame) -> dict[str, float]:
+    """`measures` of a calibrated policy on the sentences of ``table``; empty where nobody knows what annotators say.
+
+    Its loss is the lowest there is, and its greedy reward the highest.
+    """
+    logd = known_annotators(table)
+    return {} if logd is None else measures(logd, logd)
 
 
 def agreement_of(answers: pd.DataFrame) -> np.ndarray | None:
@@ -43,10 +76,14 @@ def known_agreement(results: Results) -> np.ndarray | None:
     return None if any(q is None for q in found) else np.concatenate(found)  # type: ignore[arg-type]
 
 
+def answers_by_seed(results: Results, run: str) -> list[pd.DataFrame]:
+    """Answers on dev of a run's policy, for each seed."""
+    return [results.answers_of(run, seed) for seed in results.seeds]
+
+
 def policies_of(results: Results, run: str) -> list[tuple[np.ndarray, pd.DataFrame]]:
     """Log-odds on dev and answers of a run's policy, for each seed."""
-    policies = (results.answers_of(run, seed) for seed in results.seeds)
-    return [(label_log_odds(answers), answers) for answers in policies]
+    return [(label_log_odds(answers), answers) for answers in answers_by_seed(results, run)]
 
 
 def mean_over_seeds(results: Results, run: str, quantity: Callable[[np.ndarray, pd.DataFrame], float]) -> float:
@@ -67,21 +104,21 @@ def beta_at(loss_at: Callable[[float], float], level: float) -> float | None:
 # Levels: where each policy of the two experiments should end, and where it did
 
 
-def measures(log_odds: np.ndarray, labels: ArrayLike, disagreement: ArrayLike = 0.0) -> dict[str, float]:
-    """A policy's loss and reward on the two labels, and the reward of its greedy answers."""
-    greedy = theory.tempered_log_odds(log_odds, 0)
+def measures(logp: theory.FloatArray, logd: theory.FloatArray) -> dict[str, float]:
+    """A policy's loss and reward, and the reward of its greedy answers, where annotators answer as ``logd`` says."""
+    r = theory.agreement_reward(logd)
     return {
-        "loss": theory.expected_loss(log_odds, labels, disagreement),
-        "reward": theory.expected_reward_of_odds(log_odds, labels, disagreement),
-        "greedy": theory.expected_reward_of_odds(greedy, labels, disagreement),
+        "loss": theory.sft_loss(logp, logd),
+        "reward": theory.expected_reward(logp, r),
+        "greedy": theory.expected_reward(theory.tempered(logp, 0), r),
     }
 
 
 def measured_levels(results: Results, *runs: str) -> pd.DataFrame:
     """`measures` of each of ``runs``, on the dev labels as given: a row per run and seed."""
-    policies = ((run, answers) for run in runs for _, answers in policies_of(results, run))
+    policies = ((run, answers) for run in runs for answers in answers_by_seed(results, run))
     return pd.DataFrame(
-        {"run": run, "seed": answers["seed"].iloc[0], **measures(label_log_odds(answers), answers["label"])}
+        {"run": run, "seed": answers["seed"].iloc[0], **measures(label_policy(answers), labels_given(answers))}
         for run, answers in policies
     )
 
@@ -97,10 +134,11 @@ def own_levels(results: Results) -> pd.DataFrame | None:
         return None
     rows: dict[str, list[dict[str, float]]] = {run: [] for run in AFTER_BASE}
     for start, untrained, trained in (("sft", ("sft", "rl-sft"), "sft-rl"), ("base", (), "rl")):
-        for log_odds, answers in policies_of(results, start):
+        for answers in answers_by_seed(results, start):
+            logp, labels = label_policy(answers), labels_given(answers)
             for run in untrained:
-                rows[run].append(measures(log_odds, answers["label"]))
-            rows[trained].append(measures(theory.self_tilted_log_odds(log_odds, beta), answers["label"]))
+                rows[run].append(measures(logp, labels))
+            rows[trained].append(measures(theory.self_tilt(logp, beta), labels))
     return pd.DataFrame({run: pd.DataFrame(found).mean() for run, found in rows.items()}).T
 
 
@@ -108,20 +146,19 @@ def perfect_levels(results: Results) -> pd.DataFrame | None:
     """`measures` of a perfect learner in expectation over annotators, indexed by run; None where own belief has none,
     and where the truth is unknown.
 
-    All are means over q(x). `rl` is the measured base, tilted by what each answer earns.
+    SFT ends at what annotators say, and `sft-rl` at its tilt. `rl` is the measured base, tilted by what each answer
+    earns.
     """
-    q, beta = known_agreement(results), results.study.profile.rl.beta
-    if q is None or beta == 0:
-        return None
-    sharp = theory.sharp_reward(q)
-    calibrated = {"loss": theory.calibrated_loss(q), "reward": theory.calibrated_reward(q), "greedy": sharp}
-    ideal = {"loss": theory.rl_loss(q, beta), "reward": theory.rl_reward(q, beta), "greedy": sharp}
-    from_base = []
-    for log_odds, answers in policies_of(results, "base"):
-        truth, disagreement = answers["truth"].astype(int), 1 - answers["agreement"]
-        from_base.append(measures(theory.tilted_log_odds(log_odds, truth, disagreement, beta), truth, disagreement))
-    rows = {"sft": calibrated, "sft-rl": ideal, "rl": pd.DataFrame(from_base), "rl-sft": calibrated}
-    return pd.DataFrame({run: pd.DataFrame(found).mean() for run, found in rows.items()}).T
+    beta, rows = results.study.profile.rl.beta, []
+    for answers in answers_by_seed(results, "base"):
+        logd = known_annotators(answers)
+        if logd is None or beta == 0:
+            return None
+        r = theory.agreement_reward(logd)
+        ends = {"sft": logd, "sft-rl": theory.tilt(logd, r, beta), "rl": theory.tilt(label_policy(answers), r, beta)}
+        ends["rl-sft"] = logd
+        rows.append(pd.DataFrame({run: measures(logp, logd) for run, logp in ends.items()}).T)
+    return sum(rows) / len(rows)
 
 
 def levels(results: Results) -> list[Level]:
@@ -178,21 +215,28 @@ def from_policies(results: Results) -> Predictions:
 
 def own_frontier(results: Results, betas: Iterable[float]) -> pd.DataFrame:
     """``sft_loss, reward`` per beta, means over seeds: the measured SFT policies at RL's closed form, by own belief."""
-    policies, points = policies_of(results, "sft"), []
+    policies = [(label_policy(answers), labels_given(answers)) for answers in answers_by_seed(results, "sft")]
+
+    def ends(beta: float) -> pd.Series:
+        tilted = [measures(theory.self_tilt(logp, beta), labels) for logp, labels in policies]
+        return pd.DataFrame(tilted).mean()[["loss", "reward"]]
+
+    return pd.DataFrame([ends(beta) for beta in betas]).rename(columns={"loss": "sft_loss"})
+
+
+def perfect_frontier(results: Results, betas: Iterable[float]) -> pd.DataFrame | None:
+    """``sft_loss, reward`` per beta of a perfect learner at RL's closed form, means over sentences; None if unknown."""
+    answers = answers_by_seed(results, "sft")
+    known = [logd for table in answers if (logd := known_annotators(table)) is not None]
+    if len(known) < len(answers):
+        return None
+    kinds, counts = np.unique(np.concatenate(known), axis=0, return_counts=True)
+    r, points = theory.agreement_reward(kinds), []
     for beta in betas:
-        tilted = [(theory.self_tilted_log_odds(log_odds, beta), answers["label"]) for log_odds, answers in policies]
-        loss, reward = (
-            float(np.mean([measure(log_odds, labels) for log_odds, labels in tilted]))
-            for measure in (theory.loss_on_labels, theory.reward_on_labels)
-        )
-        points.append({"sft_loss": loss, "reward": reward})
-    return pd.DataFrame(points)
-
-
-def perfect_frontier(results: Results, betas: np.ndarray) -> pd.DataFrame | None:
-    """``sft_loss, reward`` per beta of a perfect learner at RL's closed form, means over q(x); None where unknown."""
-    q = known_agreement(results)
-    return None if q is None else mean_path(q, betas)
+        tilted = theory.tilt(kinds, r, beta)
+        ends = theory.prompt_losses(tilted, kinds), theory.prompt_rewards(tilted, r)
+        points.append([float(np.average(each, weights=counts)) for each in ends])
+    return pd.DataFrame(points, columns=["sft_loss", "reward"])
 
 
 def mean_path(q: ArrayLike, betas: ArrayLike) -> pd.DataFrame:

@@ -1,6 +1,5 @@
 """Intervals and tests: over the seeds of a study, and over the sentences of one run."""
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -166,18 +165,27 @@ def holm(p_values: list[float | None]) -> list[float | None]:
 def mcc_interval(labels: ArrayLike, before: ArrayLike, after: ArrayLike, seed: int, resamples: int = 999) -> Interval:
     """Difference of the Matthews correlations of ``after`` and ``before`` with the labels, by paired bootstrap.
 
-    All three are 0/1 arrays of shape (n,) over the same sentences; the interval is the 95 % percentile interval. An
-    answer that never varies has correlation 0. Raises ValueError if the shapes differ or a sample is empty.
+    All three are arrays of labels, shape (n,), over the same sentences; the interval is the 95 % percentile interval.
+    An answer that never varies has correlation 0. Raises ValueError if the shapes differ or a sample is empty.
     """
     truth, a, b = (_sample(values) for values in (labels, before, after))
     if not len(truth) == len(a) == len(b):
         raise ValueError(f"{len(truth)} labels, {len(a)} and {len(b)} answers: they must be of the same sentences.")
 
+    kinds = np.unique([truth, a, b])
+
+    def covariance(x, y, axis):  # of the labels' indicators, all labels together
+        by_chance = sum((x == kind).mean(axis) * (y == kind).mean(axis) for kind in kinds)
+        return (x == y).mean(axis) - by_chance
+
     def difference(truth, a, b, axis=-1):
-        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # constant answers: their correlation is defined as 0
-            # of 0/1 variables, Pearson's correlation is Matthews'
-            before, after = (np.nan_to_num(stats.pearsonr(truth, x, axis=axis).statistic) for x in (a, b))
+        with np.errstate(invalid="ignore", divide="ignore"):  # constant answers: their correlation is defined as 0
+            before, after = (
+                np.nan_to_num(
+                    covariance(truth, x, axis) / np.sqrt(covariance(truth, truth, axis) * covariance(x, x, axis))
+                )
+                for x in (a, b)
+            )
         return after - before
 
     rng = np.random.default_rng(seed)

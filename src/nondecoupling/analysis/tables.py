@@ -11,6 +11,7 @@ from scipy import stats
 from nondecoupling.analysis.claims import SIGNIFICANT
 from nondecoupling.analysis.collapse import is_collapsed
 from nondecoupling.analysis.geometry import alignment_sentence, duration_sentence, threshold_sentence
+from nondecoupling.analysis.many_answers import cells_table
 from nondecoupling.analysis.measures import auroc, temperature_of_least_loss
 from nondecoupling.analysis.statistics import interval_text, shown
 from nondecoupling.study.contracts import ClaimRow, SweepEntry, TheoryFile
@@ -37,7 +38,7 @@ def rows_of(rows: list[ClaimRow], families: str) -> list[ClaimRow]:
     """The rows of claims.json whose id begins with one of the letters ``families``.
 
     A, B: the paper's claims; O: ours beside them; T: the theory's statements; K: controls; J: joint training;
-    G: geometry.
+    G: geometry; M: more than two answers.
     """
     return [row for row in rows if row["id"][0] in families]
 
@@ -195,7 +196,9 @@ def policies_table(results: Results, *runs: str) -> pd.DataFrame:
     """
     metrics = results.final(*runs)
     states = states_table(metrics)
-    majority = (results.answers.groupby("seed")["label"].mean() > 0.5).loc[metrics["seed"]].to_numpy()
+    last = len(results.study.profile.prompt.answers) - 1
+    majority = ((results.answers["label"] == last).groupby(results.answers["seed"]).mean() > 0.5).loc[metrics["seed"]]
+    majority = majority.to_numpy()
     rate = metrics["predicted_acceptable_rate"]
     states["majority_share"] = rate.where(majority, 1 - rate).groupby(metrics["run"]).mean().map("{:.0%}".format)
     answers = {(run, seed): results.answers_of(run, seed) for run in states.index for seed in results.seeds}
@@ -341,6 +344,9 @@ def markdown_table(table: pd.DataFrame) -> str:
 def document_parts(results: Results) -> dict[str, str]:
     """The generated parts of README and docs for the results of a study, by the name between their markers."""
     rows: list[ClaimRow] = results.read("claims.json")
+    if labels := results.read("labels.json"):
+        shown_tables = claims_table(rows_of(rows, "ABOM")), cells_table(labels).reset_index()
+        return {results.study.name: "\n\n".join(map(markdown_table, shown_tables))}
     sweep: list[SweepEntry] | None = results.read("theory.json")["sweep"]
     tables = [claims_table(rows_of(rows, "ABO")), policies_table(results, *STATES)]
     parts: dict[str, list[Any]] = {results.study.name: tables + ([sweep_table(sweep)] if sweep else [])}

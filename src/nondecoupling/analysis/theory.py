@@ -125,6 +125,45 @@ def pinsker_bound(kl: ArrayLike, r_max: float, r_min: float) -> FloatArray:
     return (r_max - r_min) * np.sqrt(kl / 2)
 
 
+# Any number of labels, reward +1 for the label that the annotator gave and -1 otherwise
+
+
+def agreement_reward(logd: ArrayLike) -> FloatArray:
+    """Expected reward 2 p_D(y|x) - 1 of each answer, shape (N, K): +1 if a drawn label agrees with it, else -1 (ours).
+
+    Raises ValueError if ``logd`` is no policy.
+    """
+    return 2 * np.exp(_policy("logd", logd)) - 1
+
+
+def certain(labels: ArrayLike, answers: int) -> FloatArray:
+    """Log-probabilities of annotators who give the ``labels`` (N,) and no others, shape (N, ``answers``)."""
+    with np.errstate(divide="ignore"):
+        return np.log(np.asarray(labels)[:, None] == np.arange(answers))
+
+
+def self_tilt(logp: ArrayLike, beta: float) -> FloatArray:
+    """Ideal RL from a measured policy taken to be calibrated, for data of unknown truth, shape (N, K) (ours).
+
+    Each answer then earns 2p - 1 at the policy's own p. Raises ValueError as ``tilt`` does.
+    """
+    return tilt(logp, agreement_reward(logp), beta)
+
+
+def tempered(logp: ArrayLike, temperature: float) -> FloatArray:
+    """A policy whose answers are drawn at ``temperature``, shape (N, K) (ours).
+
+    0 is greedy decoding, between answers that are equally likely a fair draw. Raises ValueError if ``logp`` is no
+    policy, and unless the temperature is finite and >= 0.
+    """
+    logp = _policy("logp", logp)
+    if not 0 <= temperature < np.inf:
+        raise ValueError(f"temperature = {temperature} must be finite and not negative.")
+    if temperature == 0:
+        return log_softmax(np.where(logp == logp.max(axis=1, keepdims=True), 0.0, -np.inf), axis=1)
+    return log_softmax(logp / temperature, axis=1)
+
+
 # Two labels, reward +1 for the label that the annotator gave and -1 otherwise
 
 
@@ -221,14 +260,6 @@ def annotator_policy(truth: ArrayLike, disagreement: ArrayLike) -> FloatArray:
         raise ValueError(f"disagreement = {disagreement} is outside [0, 0.5).")
     wrong, right = xlogy(1, disagreement), np.log1p(-disagreement)
     return np.stack([np.where(sign > 0, wrong, right), np.where(sign > 0, right, wrong)], axis=-1)
-
-
-def agreement_reward(logd: ArrayLike) -> FloatArray:
-    """Expected reward 2 p_D(y|x) - 1 of each answer, shape (N, K): +1 if a drawn label agrees with it, else -1 (ours).
-
-    Raises ValueError if ``logd`` is no policy.
-    """
-    return 2 * np.exp(_policy("logd", logd)) - 1
 
 
 def tilted_log_odds(log_odds: ArrayLike, truth: ArrayLike, disagreement: ArrayLike, beta: float) -> FloatArray:

@@ -100,7 +100,7 @@ def agreement_sentence(results: Results) -> str | None:
 def content_of(results: Results) -> dict[str, Any]:
     """What the template shows of the results of a study, whose claims and theory are finished."""
     rows: list[ClaimRow] = results.read("claims.json")
-    theory: TheoryFile = results.read("theory.json")
+    theory: TheoryFile | None = results.read("theory.json")  # of studies with two answers
     study, shared = results.study, results.provenance["shared"]
     states, (theorems, of_theory) = states_table(results.final(*STATES)), theorems_and_tests(rows)
     others = finished_controls(results)
@@ -124,12 +124,13 @@ def content_of(results: Results) -> dict[str, Any]:
         "controls": claim_group(rows_of(rows, "K")),
         "joint": claim_group(rows_of(rows, "J")),
         "geometry": claim_group(rows_of(rows, "G")),
+        "labels": claim_group(rows_of(rows, "M")),
         "states": states.to_dict("index"),
         "policies": policies_table(results, *STATES),
         "objections": OBJECTIONS,
         "other_policies": policies_table(results, *others) if others else None,
         "collapsed": [NAMES[run] for run in states.index[states["collapsed"] != "no"]],
-        "sweep": sweep_table(theory["sweep"]) if theory["sweep"] else None,
+        "sweep": sweep_table(theory["sweep"]) if theory and theory["sweep"] else None,
         "figures": {path.stem: as_image(path) for path in sorted((results.folder / "figures").glob("*.svg"))},
         "data": results.provenance["data"],
         "machines": [", ".join(filter(None, machine)) for machine in sorted(machines, key=str)],

@@ -44,7 +44,7 @@ class ProvenanceFile(TypedDict):
 class ClaimRow(TypedDict):
     """One entry of claims.json and controls.json."""
 
-    id: str  # A, B: the paper's; O: ours beside them; T: the theory's; K: controls; J: joint training
+    id: str  # A, B: the paper's; O, M: ours beside them; T: the theory's; K: controls; J: joint training; G: geometry
     statement: str  # what is claimed
     quantity: str  # what is measured, "metric: policy - policy"
     paper: str  # the paper's number, "-" where it has none
@@ -306,6 +306,40 @@ class GeometryFile(TypedDict):
     duration: Duration
     threshold: Threshold | None  # None where RL was not begun between base and SFT
     lojasiewicz: OverSeeds | None  # mu along SFT
+    claims: list[ClaimRow]
+
+
+class OfLabel(TypedDict):
+    """One answer to the sentences of one phenomenon and truth: mean probabilities, and RL's shift of log p."""
+
+    share: float  # of annotators who give it, known
+    ideal: float  # of ideal RL from those shares
+    sft: OverSeeds  # measured after SFT
+    rl: OverSeeds  # measured after RL on top of it
+    shift: OverSeeds  # of log p by RL, mean over sentences, nats
+    shift_own_belief: float  # the same as the SFT policy, taken to be calibrated, predicts it
+
+
+class Cell(TypedDict):
+    """The sentences of one phenomenon and truth, whose labels are distributed alike. Losses over p_D, nats."""
+
+    source: str
+    truth: int  # the true label
+    share_of_sentences: float
+    lowest_loss: float  # the entropy of what annotators say
+    c1: float  # what ideal RL adds to it
+    own_belief: float  # what ideal RL from the SFT policy, taken to be calibrated, adds to its loss
+    loss: dict[str, OverSeeds]  # measured, of sft and rl (on top of it)
+    rise: OverSeeds  # measured
+    labels: list[OfLabel]  # by label
+
+
+class LabelsFile(TypedDict):
+    """labels.json: more than two answers, label by label; only studies of such have it."""
+
+    answers: list[str]  # by label
+    beta: float
+    cells: list[Cell]
     claims: list[ClaimRow]
 
 

@@ -33,6 +33,7 @@ NOTEBOOK_OF = {
     "joint": "10_joint",
     "gradients": "11_gradients",
     "geometry": "12_geometry",
+    "labels": "13_four_answers",
 }
 # Sections of the profile that decide a result, besides its parents.
 SECTIONS_OF = {
@@ -46,6 +47,7 @@ SECTIONS_OF = {
     "theory": ["data", "rl"],
     "controls": ["data", "sft", "rl"],
     "geometry": ["data", "sft", "rl"],
+    "labels": ["data", "rl"],
     "claims": ["data", "rl"],
 }
 

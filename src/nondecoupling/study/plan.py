@@ -29,8 +29,10 @@ SUMMARIES: dict[str, tuple[Group, ...]] = {
     "theory": ("main", "sweep"),
     "controls": ("main", "controls"),
     "geometry": ("main", "geometry"),
+    "labels": ("main",),
     "claims": ("main",),
 }
+OF_TWO, OF_MORE = ("theory", "controls", "geometry"), ("labels",)  # summaries of studies with so many answers
 WEIGHTS = (0.2, 0.5, 0.8)  # of the SFT loss in joint training
 SHARES = (10, 25, 50)  # per cent of SFT's steps after which RL begins, too
 ALONG_SFT = ("base", *(f"sft-{share}" for share in SHARES), "sft")
@@ -64,11 +66,23 @@ class Run:
         return [name for name in (self.parent, self.proxy) if name]
 
 
+def has_two_answers(profile: Profile) -> bool:
+    """Whether a sentence may have two labels, and no more."""
+    return len(profile.prompt.answers) == 2
+
+
+def summaries(profile: Profile) -> dict[str, tuple[Group, ...]]:
+    """Those of `SUMMARIES` that a study with this profile has."""
+    others = OF_MORE if has_two_answers(profile) else OF_TWO
+    return {name: read for name, read in SUMMARIES.items() if name not in others}
+
+
 def plan(profile: Profile) -> list[Run]:
     """Every run of a study with this profile, parents before children.
 
     A seed is a replication: where a study makes its own world, it draws the sentences, who disagrees about which, the
-    base model, and every stage. Real data and a published model are there once.
+    base model, and every stage. Real data and a published model are there once. With more than two answers there are
+    both experiments only: sweep, controls and geometry are read by log-odds, which are those of two answers.
     """
     same_data = not profile.data.generated
     main = [
@@ -79,7 +93,19 @@ def plan(profile: Profile) -> list[Run]:
         Run("rl", "rl", "base"),
         Run("rl-sft", "sft", "rl"),  # experiment B: SFT after RL
     ]
+    if not has_two_answers(profile):
+        return main
     return [*main, *sweep(profile), *controls(profile), *geometry(profile)]
+
+
+def require_groups(profile: Profile, groups: Iterable[Group]) -> None:
+    """ValueError where the plan for this profile is made without one of ``groups``."""
+    lacking = [MAKES[group] for group in groups if group != "main"]
+    if lacking and not has_two_answers(profile):
+        raise ValueError(
+            f"'{profile.name}' has {len(profile.prompt.answers)} answers, and {lacking[0]} needs a study with two: "
+            f"sweep, controls and geometry are read by log-odds; {MAKES['main']} runs both experiments."
+        )
 
 
 def rl_at(beta: float, name: str, steps: int, changes: dict[str, Any] | None = None, **more: Any) -> Run:

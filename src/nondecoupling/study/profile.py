@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0, le=10_000_000)]  # more steps, rows or sentences no study has
+ROUNDING = 1e-9  # by which shares may miss their sum
 LEAST_DEV = 20  # sentences, of which both labels have some
 LEAST_VOCABULARY = 300  # every byte, the special tokens, and a few words
 
@@ -37,6 +38,9 @@ class Data(Section):
     byte for byte. ``labels`` are the annotators', or the truth (the grammar's verdict), which only the generated corpus
     knows. The other settings shape the generated corpus;
     ``disagreement`` is the share of labels that annotators get wrong, of all sentences or by phenomenon.
+    Where there are more than two labels, ``violations`` says which label a violation of each phenomenon has (the last
+    label is that nothing is violated), and ``contradictions`` what annotators say who get it wrong: a row for each true
+    label, with the share of every label in it.
     """
 
     source: Literal["generated", "hub"]
@@ -48,6 +52,13 @@ class Data(Section):
     train_size: Count | None = None
     dev_size: Count | None = None
     disagreement: float | dict[str, float] | None = None
+    violations: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    contradictions: list[list[Share]] | None = None
+
+    @property
+    def answers(self) -> int:
+        """How many labels a sentence may have."""
+        return 2 if self.violations is None else 2 + max(self.violations.values(), default=0)
 
     @property
     def generated(self) -> bool:
@@ -71,6 +82,23 @@ class Data(Section):
         return self
 
     @model_validator(mode="after")
+    def labels_are_described(self) -> "Data":
+        if (self.violations is None) != (self.contradictions is None):
+            raise ValueError("violations and contradictions need each other")
+        if self.violations is None or self.contradictions is None:
+            return self
+        if not self.generated:
+            raise ValueError("violations need the generated corpus: files of sentences have two labels")
+        if self.answers < 3 or set(self.violations.values()) != set(range(self.answers - 1)):
+            raise ValueError("violations must use two labels or more, and each number from 0 on")
+        if [len(row) for row in self.contradictions] != [self.answers] * self.answers:
+            raise ValueError(f"contradictions need {self.answers} rows of {self.answers} shares, one for each label")
+        for label, row in enumerate(self.contradictions):
+            if row[label] or abs(sum(row) - 1) > ROUNDING:
+                raise ValueError(f"row {label} of contradictions must have 0 in place {label}, and the sum 1")
+        return self
+
+    @model_validator(mode="after")
     def truth_is_known(self) -> "Data":
         if self.labels == "truth" and not self.generated:
             raise ValueError("labels: truth needs the generated corpus, whose truth is known")
@@ -78,18 +106,29 @@ class Data(Section):
 
 
 class Prompt(Section):
-    """The question, its two answers, and another wording of them (``{answer}`` is where the answer goes)."""
+    """The question, its answers, and another wording of them (``{answer}`` is where the answer goes).
+
+    ``unacceptable`` is one answer, or a list of them for kinds of violation.
+    """
 
     template: Annotated[str, Field(pattern=r"\{sentence\}")]
     acceptable: Annotated[str, Field(min_length=1)]
-    unacceptable: Annotated[str, Field(min_length=1)]
+    unacceptable: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]]
     other_wording: Annotated[str, Field(pattern=r"\{answer\}")]
     max_new_tokens: Annotated[int, Field(ge=2, le=10_000)]  # an answer has one token at least, and its end of turn
 
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The answers, indexed by label: the last is that a sentence is acceptable."""
+        kinds = [self.unacceptable] if isinstance(self.unacceptable, str) else self.unacceptable
+        return (*kinds, self.acceptable)
+
     @model_validator(mode="after")
     def answers_differ(self) -> "Prompt":
-        if self.acceptable.lower() == self.unacceptable.lower():
-            raise ValueError("the two answers, acceptable and unacceptable, must differ in more than case")
+        if len(self.answers) < 2:
+            raise ValueError("unacceptable must name an answer")
+        if len({answer.lower() for answer in self.answers}) < len(self.answers):
+            raise ValueError("the answers, acceptable and unacceptable, must differ in more than case")
         return self
 
 
@@ -127,7 +166,8 @@ class Pretrain(Section):
 
     ``taught`` says for each phenomenon with which probability it is to call unacceptable and acceptable sentences
     "acceptable": two equal numbers where it is to tell nothing apart. Of the others it is taught the right answers
-    until ``sure_until`` of its steps, these numbers from ``settled_at`` on, and in between what is between.
+    until ``sure_until`` of its steps, these numbers from ``settled_at`` on, and in between what is between. Where there
+    are more than two answers, a probability for each of them stands in a number's place.
     ``untaught_share`` is how often it is asked about a phenomenon in which it is to tell nothing apart, relative to one
     in which it is.
     """
@@ -147,7 +187,7 @@ class Pretrain(Section):
     sure_until: Share
     settled_at: Share
     untaught_share: Share
-    taught: dict[str, list[Share]]
+    taught: dict[str, list[Share] | list[list[Share]]]
 
     @model_validator(mode="after")
     def shape_is_possible(self) -> "Pretrain":
@@ -165,6 +205,9 @@ class Pretrain(Section):
             raise ValueError("sure_until must come before settled_at")
         if wrong := [name for name, pair in self.taught.items() if len(pair) != 2]:
             raise ValueError(f"taught.{wrong[0]} needs two probabilities, of unacceptable and of acceptable sentences")
+        for name, pair in self.taught.items():
+            if any(isinstance(shares, list) and abs(sum(shares) - 1) > ROUNDING for shares in pair):
+                raise ValueError(f"taught.{name}: the probabilities of all answers must have the sum 1")
         return self
 
     @model_validator(mode="after")
@@ -318,6 +361,18 @@ class Profile(Section):
     def pretrains(self) -> bool:
         """Whether the study grows a base model of its own."""
         return not (self.model.folder or self.model.hub)
+
+    @model_validator(mode="after")
+    def answers_and_labels_agree(self) -> "Profile":
+        asked, known = len(self.prompt.answers), self.data.answers
+        if asked != known:
+            raise ValueError(f"prompt.unacceptable and acceptable are {asked} answers, but data knows {known} labels")
+        if asked > 2 and self.rl.beta == 0:
+            raise ValueError("rl.beta must be positive where there are more than two answers, or RL has no closed form")
+        for name, pair in self.pretrain.taught.items() if self.pretrain and self.pretrains else ():
+            if any((len(shares) if isinstance(shares, list) else 2) != asked for shares in pair):
+                raise ValueError(f"pretrain.taught.{name} must have a probability for each of the {asked} answers")
+        return self
 
     @model_validator(mode="after")
     def sentences_suffice(self) -> "Profile":

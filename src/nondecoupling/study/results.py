@@ -3,9 +3,10 @@
 ``metrics.csv``: run, seed, split, and every metric of the finished policy. ``trajectories.csv``: run, seed, step, and
 the metrics on dev along the stage. ``answers.parquet``: run, seed, sentence, label, source, truth (the grammar's
 verdict), agreement (probability of the likelier label; both missing where unknown), log p of both answers (nats),
-sampled and greedy answer, and a reward model's two scores, on dev. ``costs.csv``: run, seed, stage, steps, seconds,
-memory, commit. ``gradients.csv``: run, seed, policy and its geometry (`training.gradients.summary`); ``paths.csv``:
-run, seed and the ascents from its policy; both where `make geometry` was run. ``provenance.json``:
+sampled and greedy answer, and a reward model's two scores, on dev; of more than two answers, the log p of each
+(``logp_<label>``) and the known share of annotators who give it (``share_<label>``). ``costs.csv``: run, seed, stage,
+steps, seconds, memory, commit. ``gradients.csv``: run, seed, policy and its geometry (`training.gradients.summary`);
+``paths.csv``: run, seed and the ascents from its policy; both where `make geometry` was run. ``provenance.json``:
 `contracts.ProvenanceFile`.
 A run that serves all seeds has rows for each of them, so that runs can be paired.
 """
@@ -17,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from nondecoupling.study import folders
@@ -36,6 +38,21 @@ OF_A_RUN = ("sha256", "parents", "changes", "started", "finished")
 DEV_ANSWERS = folders.answers_file("dev")
 
 Records = dict[tuple[str, int], RunFile]  # by run and seed
+
+
+def logp_columns(answers: int) -> list[str]:
+    """The columns of answers.parquet with the log p of each of so many answers, by label."""
+    return ["logp_unacceptable", "logp_acceptable"] if answers == 2 else [f"logp_{label}" for label in range(answers)]
+
+
+def label_log_probabilities(answers: pd.DataFrame) -> np.ndarray:
+    """(sentences, K) log p of the K responses, indexed by label: the last is "acceptable"."""
+    return answers[logp_columns(sum(name.startswith("logp_") for name in answers))].to_numpy(dtype=float)
+
+
+def likelier_labels(answers: pd.DataFrame) -> np.ndarray:
+    """(sentences,) the label of the likeliest of the responses."""
+    return label_log_probabilities(answers).argmax(axis=1)
 
 
 @dataclass(frozen=True)

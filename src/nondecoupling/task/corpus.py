@@ -15,7 +15,7 @@ from nondecoupling.study import folders, provenance
 from nondecoupling.study.inputs import data_files
 from nondecoupling.study.profile import Columns, Data
 from nondecoupling.study.study import Study
-from nondecoupling.task import grammar, hub
+from nondecoupling.task import annotators, grammar, hub
 from nondecoupling.task.seeds import seed_of
 
 # CoLA 1.1's file names; the third is optional.
@@ -85,28 +85,18 @@ def write_glue(tables: dict[str, pd.DataFrame], folder: Path) -> None:
         write_tsv(table.assign(source="glue", mark=""), folder / FILES[split])
 
 
-def disagreement_by_source(data: Data) -> dict[str, float]:
-    """The share of labels that annotators get wrong, by phenomenon of the grammar; ValueError if one is not named."""
-    if not isinstance(data.disagreement, dict):
-        return dict.fromkeys(grammar.PHENOMENA, data.disagreement or 0.0)
-    grammar.require_each_phenomenon(data.disagreement, "data.disagreement")
-    # In the grammar's order, in which labels are drawn: the order that a user writes must not matter.
-    return {source: data.disagreement[source] for source in grammar.PHENOMENA}
-
-
 def generate_corpus(data: Data, seed: int, folder: Path) -> None:
     """Write replication ``seed``'s generated train and dev sets to ``folder`` as CoLA-shaped TSV files.
 
-    Labels are the grammar's verdict, flipped for a known share of the sentences of each phenomenon; the mark column
-    keeps the verdict ("*" for unacceptable), as CoLA's keeps the author's. Train and dev share no sentence.
+    Labels are the grammar's verdict, contradicted in a known share of the sentences of each phenomenon (`annotators`);
+    the mark column keeps the verdict ("*" for unacceptable), as CoLA's the author's. Train and dev share no sentence.
     """
     if data.train_size is None or data.dev_size is None:
         raise ValueError("The generated corpus needs data.train_size and data.dev_size.")
-    rates = disagreement_by_source(data)
-    clean = grammar.sample_sentences(data.train_size + data.dev_size, seed=seed_of("sentences", seed))
+    drawn = annotators.disagreement_by_source(data)
+    clean = grammar.sample_sentences(data.train_size + data.dev_size, seed=seed_of("sentences", seed), phenomena=drawn)
     for split, table in {"dev": clean.iloc[: data.dev_size], "train": clean.iloc[data.dev_size :]}.items():
-        noisy = grammar.flip_labels(table, rates, seed=seed_of(f"{split} labels", seed))
-        write_tsv(noisy, folder / FILES[split])
+        write_tsv(annotators.annotated(data, table, split, seed), folder / FILES[split])
 
 
 def write_tsv(table: pd.DataFrame, path: Path) -> None:
@@ -159,14 +149,16 @@ def parsed_tabs(text: str) -> list[list[str]]:
     return parsed(text, "\t", csv.QUOTE_NONE)
 
 
-def read_file(path: Path, columns: Columns = USUAL) -> pd.DataFrame:
+def read_file(path: Path, columns: Columns = USUAL, answers: int = 2) -> pd.DataFrame:
     """Read one file of a corpus as ``source, label (1 acceptable, 0 not), mark, sentence``.
 
     It has a header with the names that ``columns`` says (and others, which are not read), or is of CoLA's shape, which
-    has none. Labels are 1 and 0, or words (`LABELS`). Raises ValueError with the file and line of the first fault.
+    has none. Labels are 1 and 0, or words (`LABELS`); numbers below ``answers`` where these are more. Raises ValueError
+    with the file and line of the first fault.
     """
     header, *rows = read_rows(path)
-    if len(header) == 4 and header[1].lower() in LABELS and columns.label not in header:
+    known = LABELS if answers == 2 else {str(label): label for label in range(answers)}
+    if len(header) == 4 and header[1].lower() in known and columns.label not in header:
         header, rows, columns, first = COLUMNS, [header, *rows], USUAL, 1
         shape = "source, label 0 or 1, mark, sentence"
     else:
@@ -183,7 +175,7 @@ def read_file(path: Path, columns: Columns = USUAL) -> pd.DataFrame:
         if len(row) != len(header):
             raise ValueError(f"{path}, line {number}: expected {shape}, but found {row!r}.")
         cells = dict(zip(header, row, strict=True))
-        label = LABELS.get(cells[columns.label].strip().lower())
+        label = known.get(cells[columns.label].strip().lower())
         if label is None:
             words = f"the label is {cells[columns.label]!r}, but must be 1 or 0, or a word such as 'acceptable'"
             raise ValueError(f"{path}, line {number}: {words}.")
@@ -193,7 +185,7 @@ def read_file(path: Path, columns: Columns = USUAL) -> pd.DataFrame:
     return pd.DataFrame(found, columns=COLUMNS)
 
 
-def load_corpus(folder: Path, columns: Columns = USUAL, overlap: str = "keep") -> pd.DataFrame:
+def load_corpus(folder: Path, columns: Columns = USUAL, answers: int = 2, overlap: str = "keep") -> pd.DataFrame:
     """All splits in ``folder`` as one table ``split, source, label, mark, sentence``.
 
     With ``overlap`` "leave_out" the other splits are without the sentences of train.
@@ -206,7 +198,7 @@ def load_corpus(folder: Path, columns: Columns = USUAL, overlap: str = "keep") -
                 f"{folder} has no file of the split '{split}'; a corpus is in_domain_train.tsv and in_domain_dev.tsv, "
                 f"or train.tsv and dev.tsv, or the same as csv or jsonl."
             )
-    corpus = pd.concat([read_file(path, columns).assign(split=split) for split, path in files.items()])
+    corpus = pd.concat([read_file(path, columns, answers).assign(split=split) for split, path in files.items()])
     if overlap == "leave_out":
         corpus = corpus[~also_trained_on(corpus)]
     for split in files:
@@ -226,7 +218,7 @@ def also_trained_on(corpus: pd.DataFrame) -> pd.Series:
 
 def remarks(folder: Path, data: Data) -> list[str]:
     """Where each split was read, how many of its sentences are also trained on, and what ``data`` does with those."""
-    corpus = load_corpus(folder, data.columns)
+    corpus = load_corpus(folder, data.columns, data.answers)
     label_of, lines = corpus[corpus["split"] == "train"].set_index("sentence")["label"], []
     for split, path in data_files(folder).items():
         line = f"{split}: {(corpus['split'] == split).sum():,} sentences of {path.name}"
@@ -244,7 +236,7 @@ def publish_corpus(study: Study, seed: int, partial: Path, folder: Path, started
     data = study.profile.data
     evaluation = {
         str(split): {"n": int(row.sentences), "majority_reward": row.majority_reward}
-        for split, row in describe_corpus(load_corpus(folder, data.columns, data.overlap)).iterrows()
+        for split, row in describe_corpus(load_corpus(folder, data.columns, data.answers, data.overlap)).iterrows()
     }
     hashes = {path.name: folders.sha256(path) for path in data_files(folder).values()}
     root, run = folders.study_folder(study), study.run("data")
@@ -253,11 +245,12 @@ def publish_corpus(study: Study, seed: int, partial: Path, folder: Path, started
 
 
 def load_checked_corpus(study: Study, seed: int) -> pd.DataFrame:
-    """The corpus of replication ``seed`` with the columns ``truth`` (the grammar's verdict) and ``agreement``.
+    """The corpus of replication ``seed`` with the columns ``truth`` (by the grammar's verdict) and ``agreement``.
 
-    The agreement is q(x), the probability of a sentence's likelier label. Both are missing where nobody knows them.
-    Labels are the truth where the study says so.
-    Raises FileNotFoundError if the data run is not finished, ValueError if its files are not those that it described.
+    The agreement is q(x), the probability of a sentence's likelier label (of more than two labels there are the
+    probabilities of all, see `annotators.with_known_shares`). Both are missing where nobody knows them. Labels are the
+    truth where the study says so. Raises FileNotFoundError if the data run is not finished, ValueError if its files are
+    not those that it described.
     """
     data, run = study.profile.data, folders.run_folder(folders.study_folder(study), study.run("data"), seed)
     described = folders.read_json(folders.require_complete(run, "Loading the corpus") / folders.METRICS)
@@ -266,30 +259,25 @@ def load_checked_corpus(study: Study, seed: int) -> pd.DataFrame:
         found = folders.file_hashes(folder, name).get(name)
         if found != expected:
             raise ValueError(f"{folder / name} has sha256 {found}, but 01_data saw {expected}; run 01_data again.")
-    corpus = load_corpus(folder, data.columns, data.overlap)
+    corpus = load_corpus(folder, data.columns, data.answers, data.overlap)
     if not data.generated:
         return corpus.assign(truth=pd.Series(pd.NA, index=corpus.index, dtype="Int64"), agreement=np.nan)
-    agreement = 1 - corpus["source"].map(disagreement_by_source(data))
-    corpus = corpus.assign(truth=(corpus["mark"] == "").astype("Int64"), agreement=agreement)
-    return with_true_labels(corpus) if data.labels == "truth" else corpus
-
-
-def with_true_labels(corpus: pd.DataFrame) -> pd.DataFrame:
-    """A generated ``corpus`` as annotators who never disagree would label it: by its marks, the grammar's verdicts."""
-    return corpus.assign(label=(corpus["mark"] == "").astype(int), agreement=1.0)
+    corpus = annotators.with_known_shares(data, corpus)
+    return annotators.with_true_labels(corpus) if data.labels == "truth" else corpus
 
 
 def describe_corpus(corpus: pd.DataFrame) -> pd.DataFrame:
-    """Per split: sentences, share acceptable, and the reward of always giving the likelier label."""
-    summary = corpus.groupby("split", sort=False)["label"].agg(sentences="size", acceptable="sum")
+    """Per split: sentences, share acceptable (the last label), and the reward of always giving the commonest label."""
+    said_fine = corpus["label"] == corpus["label"].max()
+    summary = said_fine.groupby(corpus["split"], sort=False).agg(sentences="size", acceptable="sum")
     summary["share_acceptable"] = summary["acceptable"] / summary["sentences"]
-    summary["majority_reward"] = (2 * summary["share_acceptable"] - 1).abs()
+    summary["majority_reward"] = corpus.groupby("split", sort=False)["label"].agg(majority_reward)
     return summary
 
 
 def majority_reward(labels: pd.Series) -> float:
     """Reward of the best constant answer, counted on ``labels`` (+1 right, -1 wrong)."""
-    return abs(2 * float(labels.mean()) - 1)
+    return 2 * float(labels.value_counts(normalize=True).max()) - 1
 
 
 def fixed_subset(corpus: pd.DataFrame, split: str, size: int | None) -> pd.DataFrame:

@@ -172,15 +172,21 @@ PHENOMENA = {
 }
 
 
-def require_each_phenomenon(named: Collection[str], setting: str) -> None:
-    """Raise ValueError unless ``named``, what a user wrote in ``setting``, are the phenomena of the grammar."""
-    for wrong in sorted(set(named) ^ set(PHENOMENA)):
-        what = "is no phenomenon of the grammar" if wrong in named else "is missing"
-        raise ValueError(f"{setting}: '{wrong}' {what}; it must name each of {', '.join(PHENOMENA)}.")
+def require_each_phenomenon(named: Collection[str], setting: str, drawn: Collection[str] = tuple(PHENOMENA)) -> None:
+    """Raise ValueError unless ``named``, what a user wrote in ``setting``, are the phenomena that are ``drawn``."""
+    for wrong in sorted(set(named) ^ set(drawn)):
+        what = "is no phenomenon of the grammar" if wrong not in PHENOMENA else "is not drawn"
+        what = what if wrong in named else "is missing"
+        raise ValueError(f"{setting}: '{wrong}' {what}; it must name each of {', '.join(drawn)}.")
 
 
 def sample_sentences(
-    n: int, seed: int, exclude: Collection[str] = (), *, grammatical_share: float = GRAMMATICAL_SHARE
+    n: int,
+    seed: int,
+    exclude: Collection[str] = (),
+    *,
+    grammatical_share: float = GRAMMATICAL_SHARE,
+    phenomena: Collection[str] = tuple(PHENOMENA),
 ) -> pd.DataFrame:
     """Draw n distinct sentences, evenly over phenomena and over the templates of each.
 
@@ -194,6 +200,8 @@ def sample_sentences(
         Sentences that must not be drawn, such as those of another split.
     grammatical_share : float
         Share of acceptable sentences in [0, 1]; exactly round(grammatical_share * n) are acceptable.
+    phenomena : collection of str
+        Which of PHENOMENA are drawn.
 
     Returns
     -------
@@ -215,7 +223,8 @@ def sample_sentences(
     taken = set(exclude)
     rows = []
     for label, total in ((1, acceptable), (0, n - acceptable)):
-        for source, count in zip(TEMPLATES, _split_evenly(total, len(TEMPLATES), rng), strict=True):
+        drawn = [source for source in TEMPLATES if source in phenomena]
+        for source, count in zip(drawn, _split_evenly(total, len(drawn), rng), strict=True):
             templates = TEMPLATES[source]
             for template, quota in zip(templates, _split_evenly(count, len(templates), rng), strict=True):
                 sentences = _draw(template, label, quota, taken, rng)

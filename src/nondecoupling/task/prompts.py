@@ -1,4 +1,4 @@
-"""The question, its two answers, how answers are read, and what they earn."""
+"""The question, its answers, how answers are read, and what they earn."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ def prompt_messages(prompt: Prompt, sentence: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt.template.replace("{sentence}", sentence)}]
 
 
-def responses(prompt: Prompt) -> tuple[str, str]:
-    """The two answers, indexed by label: (unacceptable, acceptable)."""
-    return prompt.unacceptable, prompt.acceptable
+def responses(prompt: Prompt) -> tuple[str, ...]:
+    """The answers, indexed by label: (unacceptable, acceptable), or a kind of violation each and then acceptable."""
+    return prompt.answers
 
 
-def other_wordings(prompt: Prompt) -> tuple[str, str]:
-    """The two answers in the prompt's other wording, indexed by label."""
-    unacceptable, acceptable = (prompt.other_wording.replace("{answer}", answer) for answer in responses(prompt))
-    return unacceptable, acceptable
+def other_wordings(prompt: Prompt) -> tuple[str, ...]:
+    """The answers in the prompt's other wording, indexed by label."""
+    return tuple(prompt.other_wording.replace("{answer}", answer) for answer in responses(prompt))
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], asking: bool = True) -> list[str]:
@@ -119,7 +118,7 @@ def settle_chats(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_chats(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Iterable[str]) -> None:
-    """Raise ValueError unless the template writes both answers as they are, and all ``sentences`` are text.
+    """Raise ValueError unless the template writes all answers as they are, and all ``sentences`` are text.
 
     Otherwise the model would be taught other answers than those that earn, or asked in another form.
     """
@@ -139,12 +138,12 @@ def check_chats(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: I
 
 
 def parse_strict(prompt: Prompt, answer: str) -> int | None:
-    """Label of an answer that is exactly one of the two responses, else None (the paper's training reward)."""
+    """Label of an answer that is exactly one of the responses, else None (the paper's training reward)."""
     return {text: label for label, text in enumerate(responses(prompt))}.get(answer)
 
 
 def parse_other_wording(prompt: Prompt, answer: str) -> int | None:
-    """Label of an answer that is exactly one of the two responses in the other wording, else None."""
+    """Label of an answer that is exactly one of the responses in the other wording, else None."""
     return {text: label for label, text in enumerate(other_wordings(prompt))}.get(answer)
 
 
@@ -156,12 +155,12 @@ def parse_robust(prompt: Prompt, answer: str) -> int | None:
     put no spaces between words, words may be anywhere.
     """
     mentions = list(mentions_of(responses(prompt)).finditer(answer))
-    return int(str(mentions[-1].lastgroup)[-1]) if mentions else None
+    return int(str(mentions[-1].lastgroup).removeprefix("label")) if mentions else None
 
 
 @lru_cache
-def mentions_of(answers: tuple[str, str]) -> re.Pattern[str]:
-    """What finds the words of two answers in a text, each as a group named by its label, the longer one first."""
+def mentions_of(answers: tuple[str, ...]) -> re.Pattern[str]:
+    """What finds the words of answers in a text, each as a group named by its label, the longer one first."""
     patterns = []
     for label, text in enumerate(answers):
         words = re.sub(r"^\W+|\W+$", "", text) or text

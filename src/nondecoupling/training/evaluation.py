@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nondecoupling.study.folders import answers_file
 from nondecoupling.study.profile import Evaluation, Profile, Prompt
+from nondecoupling.study.results import label_log_probabilities, likelier_labels, logp_columns
+from nondecoupling.task.annotators import share_columns
 from nondecoupling.task.corpus import fixed_subset, majority_reward
 from nondecoupling.task.prompts import (
     answer_texts,
@@ -24,7 +26,8 @@ from nondecoupling.task.prompts import (
 from nondecoupling.task.seeds import seed_of
 from nondecoupling.training.generation import Prefix, batches
 
-OF_A_SENTENCE = ["sentence", "label", "source", "truth", "agreement"]  # columns of a corpus that answers keep
+# Columns of a corpus that answers keep, besides the shares of more than two labels.
+OF_A_SENTENCE = ["sentence", "label", "source", "truth", "agreement"]
 
 Measured = tuple[dict[str, dict[str, float]], dict[str, pd.DataFrame]]  # by split: metrics, and a row per sentence
 
@@ -48,7 +51,7 @@ def measure_policy(
     references: dict[str, Path],
 ) -> Measured:
     """Metrics and answers of a policy on each of ``tables``; ``references`` are folders of runs to take KL from."""
-    unacceptable, acceptable = (len(response_ids(tokenizer, text)) for text in responses(settings.prompt))
+    response_tokens = tuple(len(response_ids(tokenizer, text)) for text in responses(settings.prompt))
     metrics, answers = {}, {}
     for split, table in tables.items():
         answers[split] = predict(model, tokenizer, settings.prompt, table, settings.evaluation.batch_size, seed)
@@ -56,7 +59,7 @@ def measure_policy(
         known = {
             name: pd.read_parquet(folder / answers_file(split)).iloc[table.index] for name, folder in references.items()
         }
-        metrics[split] = summarise(answers[split], settings.prompt, (unacceptable, acceptable), known)
+        metrics[split] = summarise(answers[split], settings.prompt, response_tokens, known)
     return metrics, answers
 
 
@@ -71,29 +74,29 @@ def predict(
 ) -> pd.DataFrame:
     """The policy's answers to every sentence of ``table``, one row each.
 
-    Columns `OF_A_SENTENCE`, as far as ``table`` has them, and ``logp_acceptable, logp_unacceptable, sampled, greedy``:
-    log p of the whole response with its end token (nats), and one answer sampled at temperature 1 and one greedy as
-    text. Sampling has a generator of its own, seeded by the replication's ``seed``: measuring never disturbs training,
-    and all policies of a replication share the draws.
+    Columns `OF_A_SENTENCE`, as far as ``table`` has them, and ``logp_acceptable, logp_unacceptable, sampled, greedy``
+    (with more than two answers, a ``logp_<label>`` for each): log p of the whole response with its end token (nats),
+    and one answer sampled at temperature 1 and one greedy as text. Sampling has a generator of its own, seeded by the
+    replication's ``seed``: measuring never disturbs training, and all policies of a replication share the draws.
     """
     was_training = model.training
     model.eval()
     rows = prompt_ids(tokenizer, prompt, table["sentence"])
-    unacceptable, acceptable = (response_ids(tokenizer, text) for text in responses(prompt))
+    answers = [response_ids(tokenizer, text) for text in responses(prompt)]
+    logp: dict[str, list[float]] = {name: [] for name in logp_columns(len(answers))}
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed_of("evaluation", seed))
-    logp_acceptable, logp_unacceptable, sampled, greedy = [], [], [], []
+    sampled, greedy = [], []
     for batch in batches(rows, batch_size):
         prefix = Prefix(model, batch, tokenizer.pad_token_id)
-        logp_acceptable += prefix.log_probability(acceptable).tolist()
-        logp_unacceptable += prefix.log_probability(unacceptable).tolist()
+        for of_answer, answer in zip(logp.values(), answers, strict=True):
+            of_answer += prefix.log_probability(answer).tolist()
         sampled += prefix.answers(tokenizer.eos_token_id, prompt.max_new_tokens, generator=generator)
         greedy += prefix.answers(tokenizer.eos_token_id, prompt.max_new_tokens, greedy=True)
     model.train(was_training)
     return (
-        table[[column for column in OF_A_SENTENCE if column in table]]
+        table[[*(column for column in OF_A_SENTENCE if column in table), *share_columns(table)]]
         .assign(
-            logp_acceptable=logp_acceptable,
-            logp_unacceptable=logp_unacceptable,
+            **dict(sorted(logp.items())),
             sampled=answer_texts(tokenizer, sampled),
             greedy=answer_texts(tokenizer, greedy),
         )
@@ -101,47 +104,36 @@ def predict(
     )
 
 
-def label_log_probabilities(predictions: pd.DataFrame) -> np.ndarray:
-    """(sentences, 2) log p of the two responses, indexed by label: column 1 is "acceptable"."""
-    return predictions[["logp_unacceptable", "logp_acceptable"]].to_numpy(dtype=float)
-
-
-def likelier_labels(predictions: pd.DataFrame) -> np.ndarray:
-    """(sentences,) the label of the likelier of the two responses."""
-    logp = label_log_probabilities(predictions)
-    return (logp[:, 1] > logp[:, 0]).astype(int)
-
-
-def three_outcomes(predictions: pd.DataFrame) -> np.ndarray:
-    """(sentences, 3) probabilities of "unacceptable", "acceptable" and anything else."""
+def outcomes(predictions: pd.DataFrame) -> np.ndarray:
+    """(sentences, K + 1) probabilities of the K answers, and of anything else."""
     labels = np.exp(label_log_probabilities(predictions))
     return np.column_stack([labels, np.clip(1 - labels.sum(1), 0, None)])
 
 
 def mean_outcome_kl(predictions: pd.DataFrame, reference: pd.DataFrame) -> float:
-    """E_x KL(policy || reference) in nats over the outcomes of `three_outcomes`.
+    """E_x KL(policy || reference) in nats over `outcomes`.
 
     The KL over whole answers is at least this, and equal to it where the two policies word "anything else" alike.
     """
     tiny = np.finfo(float).tiny
-    p, q = three_outcomes(predictions), three_outcomes(reference)
+    p, q = outcomes(predictions), outcomes(reference)
     return float(rel_entr(p, np.maximum(q, tiny)).sum(1).mean())
 
 
 def summarise(
-    predictions: pd.DataFrame, prompt: Prompt, response_tokens: tuple[int, int], references: dict[str, pd.DataFrame]
+    predictions: pd.DataFrame, prompt: Prompt, response_tokens: tuple[int, ...], references: dict[str, pd.DataFrame]
 ) -> dict[str, float]:
     """The metrics of one policy on one set of sentences.
 
-    ``response_tokens`` are the lengths of the two responses with end token, indexed by label. ``references`` maps
+    ``response_tokens`` are the lengths of the responses with end token, indexed by label. ``references`` maps
     "parent" and "base" to their predictions on the same sentences. Losses, entropy and KL are in nats. Accuracy,
-    balanced accuracy, MCC and the predicted rate judge the likelier of the two responses, whatever else is likely.
+    balanced accuracy, MCC and the predicted rate judge the likeliest of the responses, whatever else is likely.
     """
     labels = predictions["label"].to_numpy()
     logp = label_log_probabilities(predictions)
     of_label = logp[np.arange(len(labels)), labels]
     likelier = likelier_labels(predictions)
-    p = three_outcomes(predictions)
+    p = outcomes(predictions)
 
     def mean_reward(column: str, parse) -> float:
         pairs = zip(labels, predictions[column], strict=True)
@@ -161,7 +153,7 @@ def summarise(
         "accuracy": float((likelier == labels).mean()),
         "balanced_accuracy": float(balanced_accuracy_score(labels, likelier)),
         "mcc": float(matthews_corrcoef(labels, likelier)),
-        "predicted_acceptable_rate": float(likelier.mean()),
+        "predicted_acceptable_rate": float((likelier == logp.shape[1] - 1).mean()),
         "entropy": float(-(p * np.log(np.maximum(p, np.finfo(float).tiny))).sum(1).mean()),
         **{f"kl_to_{name}": mean_outcome_kl(predictions, reference) for name, reference in references.items()},
     }

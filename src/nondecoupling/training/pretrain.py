@@ -1,6 +1,6 @@
 """The embedded base model: a tiny Qwen3 with a tokenizer of its own, taught part of the grammar."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from nondecoupling.study.profile import Pretrain, Prompt
+from nondecoupling.study.profile import Data, Pretrain, Prompt
 from nondecoupling.task import grammar
+from nondecoupling.task.annotators import phenomena, truths
 from nondecoupling.task.prompts import prompt_ids, prompt_messages, response_ids, responses
 from nondecoupling.task.seeds import seed_of
 from nondecoupling.training.generation import padded
@@ -100,18 +101,17 @@ def new_model(settings: Pretrain, tokenizer: PreTrainedTokenizerFast, seed: int)
     )
 
 
-def pretraining_sentences(settings: Pretrain, exclude: set[str], seed: int) -> pd.DataFrame:
-    """Balanced sentences that share none with ``exclude``, and ``p_acceptable``, what the base is to answer to each.
+def pretraining_sentences(
+    settings: Pretrain, exclude: set[str], seed: int, drawn: Collection[str] = tuple(grammar.PHENOMENA)
+) -> pd.DataFrame:
+    """Balanced sentences of the phenomena ``drawn``, none of ``exclude``: ``source, label`` (1 acceptable), ``mark``.
 
-    Phenomena of which it is taught nothing come less often than the others, by ``settings.untaught_share``.
+    Phenomena of which the base is taught nothing come less often than the others, by ``settings.untaught_share``.
     """
     size, seed = settings.corpus_size, seed_of("pretraining sentences", seed)
-    table = grammar.sample_sentences(size, seed=seed, exclude=exclude, grammatical_share=0.5)
-    drawn = np.random.default_rng(seed).random(size)
-    table = table[told_apart(settings, table) | (drawn < settings.untaught_share)].reset_index(drop=True)
-    return table.assign(
-        p_acceptable=[settings.taught[s][x] for s, x in zip(table["source"], table["label"], strict=True)]
-    )
+    table = grammar.sample_sentences(size, seed=seed, exclude=exclude, grammatical_share=0.5, phenomena=drawn)
+    kept = np.random.default_rng(seed).random(size)
+    return table[told_apart(settings, table) | (kept < settings.untaught_share)].reset_index(drop=True)
 
 
 def reading(model: Qwen3ForCausalLM, ids: torch.Tensor) -> LogitsAt:
@@ -128,19 +128,30 @@ def told_apart(settings: Pretrain, table: pd.DataFrame) -> pd.Series:
     return table["source"].map({name: low != high for name, (low, high) in settings.taught.items()})
 
 
+def taught_acceptable(settings: Pretrain) -> dict[str, list[float]]:
+    """The probability of "acceptable", the last answer, that is taught of unacceptable and of acceptable sentences."""
+    return {
+        name: [shares[-1] if isinstance(shares, list) else shares for shares in pair]
+        for name, pair in settings.taught.items()
+    }
+
+
 def in_turn(count: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     """(draws,) numbers below ``count`` in random order, each as often as any other and none twice before all came."""
     return np.concatenate([rng.permutation(count) for _ in range(-(-draws // count))])[:draws]
 
 
-def targets(settings: Pretrain, sentences: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """(rows,) probability of "acceptable" that is taught at first, and the one that is taught in the end.
+def targets(settings: Pretrain, sentences: pd.DataFrame, truth: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, K - 1) probabilities of all answers but the first that are taught at first, and those in the end.
 
-    First the right answer, then ``p_acceptable``: learning to judge and then to be unsure takes fewer steps than
-    learning from unsure judgements. Where the base is to tell nothing apart it is its one number from the beginning.
+    First the right answer, the label ``truth``, then what is ``taught``: learning to judge and then to be unsure takes
+    fewer steps than learning from unsure judgements. Where the base is to tell nothing apart it is that from the
+    beginning. The first answer has what the others leave.
     """
-    last = sentences["p_acceptable"].to_numpy(dtype=float)
-    return np.where(told_apart(settings, sentences), sentences["label"], last), last
+    taught = (settings.taught[s][x] for s, x in zip(sentences["source"], sentences["label"], strict=True))
+    last = np.array([shares[1:] if isinstance(shares, list) else [shares] for shares in taught], dtype=float)
+    right = truth.to_numpy()[:, None] == np.arange(1, last.shape[1] + 1)
+    return np.where(told_apart(settings, sentences).to_numpy()[:, None], right, last), last
 
 
 def settled(settings: Pretrain, step: int) -> float:
@@ -149,23 +160,31 @@ def settled(settings: Pretrain, step: int) -> float:
     return min(max(way, 0.0), 1.0)
 
 
+def fork_of(answers: list[list[int]]) -> int:
+    """The first place in which ``answers`` differ: all of them, so that one token decides; ValueError if two do not."""
+    fork = next(place for place, tokens in enumerate(zip(*answers, strict=False)) if len(set(tokens)) > 1)
+    if len({answer[fork] for answer in answers}) < len(answers):
+        raise ValueError(
+            "The first token in which the prompt's answers differ must tell all of them apart; choose other words."
+        )
+    return fork
+
+
 def chat_loss(
-    logits_at: LogitsAt, lengths: list[int], answers: list[list[int]], p_acceptable: torch.Tensor
+    logits_at: LogitsAt, lengths: list[int], answers: list[list[int]], p: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
     """Summed loss (nats) and number of the answers' tokens in chats, rows that `chat_rows` made.
 
     ``lengths`` are the questions'. A question counts nothing: half of its sentences are ungrammatical, and no text to
-    learn from. The first token in which the two ``answers`` differ decides between them, and its target is both, with
-    their probabilities ``p_acceptable`` (chats,): soft targets teach how sure to be without the noise of labels that
-    are drawn. The rest is the likelier answer's.
+    learn from. The first token in which the ``answers`` differ decides between them, and its target is all of them,
+    with their probabilities ``p`` (chats, K): soft targets teach how sure to be without the noise of labels that are
+    drawn. The rest is the likeliest answer's.
     """
-    given, row, first = p_acceptable > 0.5, torch.arange(len(lengths)), torch.tensor(lengths)
-    fork = next(place for place, (one, other) in enumerate(zip(*answers, strict=False)) if one != other)
+    given, row, first, fork = p.argmax(1), torch.arange(len(lengths)), torch.tensor(lengths), fork_of(answers)
     at_fork = logits_at(row, first + fork - 1).log_softmax(-1)[:, [answer[fork] for answer in answers]]
-    total, tokens = -(torch.stack([1 - p_acceptable, p_acceptable], 1) * at_fork).sum(), len(lengths)
+    total, tokens = -(p * at_fork).sum(), len(lengths)
     for place in [place for place in range(max(map(len, answers))) if place != fork]:  # and the end of the turn
-        told = [answers[label][place] if place < len(answers[label]) else -1 for label in (0, 1)]
-        token = torch.tensor(told)[given.long()]
+        token = torch.tensor([answer[place] if place < len(answer) else -1 for answer in answers])[given]
         longer = token >= 0
         logits = logits_at(row[longer], first[longer] + place - 1)
         total = total + cross_entropy(logits, token[longer], reduction="sum")
@@ -173,9 +192,10 @@ def chat_loss(
     return total, tokens
 
 
-def chat_rows(questions: list[list[int]], answers: list[list[int]], p_acceptable: torch.Tensor) -> list[list[int]]:
-    """Token ids of each question with the likelier of the two answers."""
-    return [[*question, *answers[p > 0.5]] for question, p in zip(questions, p_acceptable.tolist(), strict=True)]
+def chat_rows(questions: list[list[int]], answers: list[list[int]], p: torch.Tensor) -> list[list[int]]:
+    """Token ids of each question with the likeliest of the answers, which have probabilities ``p`` (questions, K)."""
+    given = p.argmax(1).tolist()
+    return [[*question, *answers[label]] for question, label in zip(questions, given, strict=True)]
 
 
 def text_loss(logits_at: LogitsAt, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -184,14 +204,17 @@ def text_loss(logits_at: LogitsAt, ids: torch.Tensor, mask: torch.Tensor) -> tup
     return cross_entropy(logits_at(row, place), ids[row, place + 1], reduction="sum"), len(row)
 
 
-def pretrain(settings: Pretrain, prompt: Prompt, exclude: set[str], folder: Path, seed: int) -> pd.DataFrame:
+def pretrain(
+    settings: Pretrain, data: Data, prompt: Prompt, exclude: set[str], folder: Path, seed: int
+) -> pd.DataFrame:
     """Train tokenizer and model of replication ``seed``, save both to ``folder``; returns ``step, loss``.
 
     A base's competence comes from what it is taught in a fixed number of steps, never from when it is stopped: so small
     a model learns a phenomenon in a sudden transition, and stopping at a threshold would draw a point of it.
     """
-    grammar.require_each_phenomenon(settings.taught, "pretrain.taught")
-    sentences = pretraining_sentences(settings, exclude, seed)
+    drawn = phenomena(data)
+    grammar.require_each_phenomenon(settings.taught, "pretrain.taught", drawn)
+    sentences = pretraining_sentences(settings, exclude, seed, drawn)
     rng = np.random.default_rng(seed_of("pretraining batches", seed))
     spelt = [prompt_messages(prompt, sentence)[0]["content"] for sentence in sentences["sentence"][:5000]]
     frame = [*responses(prompt), "user\n", "assistant\n", "\n\n"] * 1000  # frequent enough to become single tokens
@@ -209,17 +232,18 @@ def pretrain(settings: Pretrain, prompt: Prompt, exclude: set[str], folder: Path
     grammatical = sentences.loc[sentences["label"] == 1, "sentence"].tolist()  # what text is made of
     texts = [[*text, pad] for text in tokenizer(grammatical, add_special_tokens=False)["input_ids"]]
     texts_read = round(settings.text_share * settings.batch_size)
-    sure, unsure = targets(settings, sentences)
+    sure, unsure = targets(settings, sentences, truths(data, sentences))
     chats_read, history = settings.batch_size - texts_read, []
     order = in_turn(len(sentences), settings.steps * chats_read, rng).reshape(settings.steps, chats_read)
     for step, chosen in enumerate(order, 1):
         way = settled(settings, step)
-        p_acceptable = torch.tensor((1 - way) * sure[chosen] + way * unsure[chosen], dtype=torch.float32)
+        others = torch.tensor((1 - way) * sure[chosen] + way * unsure[chosen], dtype=torch.float32)
+        p = torch.cat([1 - others.sum(1, keepdim=True), others], 1)
         asked = [questions[row] for row in chosen]
-        chats = chat_rows(asked, answers, p_acceptable)
+        chats = chat_rows(asked, answers, p)
         ids, mask = padded(chats + [texts[row] for row in rng.choice(len(texts), texts_read)], pad, "right")
         logits_at = reading(model, ids)
-        answered, answer_tokens = chat_loss(logits_at, [len(row) for row in asked], answers, p_acceptable)
+        answered, answer_tokens = chat_loss(logits_at, [len(row) for row in asked], answers, p)
         mask[:chats_read] = 0  # of the texts alone
         read, text_tokens = text_loss(logits_at, ids, mask)
         weight = settings.text_weight

@@ -40,6 +40,7 @@ from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from nondecoupling.study.profile import Joint, Rl
+from nondecoupling.study.results import label_log_probabilities
 from nondecoupling.task.prompts import (
     TEMPLATE_OPTIONS,
     answer_texts,
@@ -51,7 +52,6 @@ from nondecoupling.task.prompts import (
     reward,
 )
 from nondecoupling.task.seeds import seed_of
-from nondecoupling.training.evaluation import label_log_probabilities
 from nondecoupling.training.generation import Prefix, answer_logits, batches
 from nondecoupling.training.reward_model import label_scores, scores
 from nondecoupling.training.stage import Stage, policy_measure, run_trainer, shared_arguments, stage_seed, training_rows
@@ -199,11 +199,10 @@ def rl_arguments(stage: Stage, settings: Rl | Joint) -> dict[str, Any]:
 def rl_questions(stage: Stage, count: int, draw: int = 0) -> Dataset:
     """``count`` questions as trl's RL trainers read them, with the right labels and those that a coin drew for each."""
     table = training_rows(stage, count, draw)
-    coin = np.random.default_rng(seed_of(f"{stage.run.name} coin", stage.seed))
-    chats = [prompt_messages(stage.settings.prompt, sentence) for sentence in table["sentence"]]
-    return Dataset.from_dict(
-        {"prompt": chats, "label": table["label"].tolist(), "drawn_label": coin.integers(2, size=len(table)).tolist()}
-    )
+    coin, prompt = np.random.default_rng(seed_of(f"{stage.run.name} coin", stage.seed)), stage.settings.prompt
+    drawn = coin.integers(len(prompt.answers), size=len(table))
+    chats = [prompt_messages(prompt, sentence) for sentence in table["sentence"]]
+    return Dataset.from_dict({"prompt": chats, "label": table["label"].tolist(), "drawn_label": drawn.tolist()})
 
 
 def grpo_config(stage: Stage, settings: Rl | Joint) -> GRPOConfig:

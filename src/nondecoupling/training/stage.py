@@ -14,6 +14,7 @@ from nondecoupling.study.fingerprint import fingerprint
 from nondecoupling.study.plan import Run
 from nondecoupling.study.profile import Joint, Profile, RewardModel, Rl, Sft
 from nondecoupling.study.study import Study
+from nondecoupling.task import annotators
 from nondecoupling.task import corpus as corpora
 from nondecoupling.task.prompts import check_chats, other_wordings, prompt_ids, response_ids, responses
 from nondecoupling.task.seeds import seed_of
@@ -68,7 +69,7 @@ def prepare_stage(study: Study, name: str, seed: int, expected: str) -> Stage:
         folders.require_complete(folder, f"Run '{name}'")
     corpus, base = corpora.load_checked_corpus(study, seed), base_folder(study, base_run, seed)
     if settings.data.labels == "truth":
-        corpus = corpora.with_true_labels(corpus)
+        corpus = annotators.with_true_labels(corpus)
     tokenizer = models.load_tokenizer(base)
     check_chats(tokenizer, settings.prompt, corpus["sentence"])
     how, adaptation, pad = settings.model, settings.adaptation, tokenizer.pad_token_id

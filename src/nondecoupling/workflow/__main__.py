@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nondecoupling.study import folders
-from nondecoupling.study.plan import SUMMARIES, Group
+from nondecoupling.study.plan import Group, require_groups, summaries
 from nondecoupling.study.study import FOLDERS, Study, load_study, nearest, parse_overrides, parse_seeds
 from nondecoupling.workflow import graph, notebooks
 from nondecoupling.workflow.carry import is_remote
@@ -47,12 +47,14 @@ class Arguments(argparse.Namespace):
 def run_study(args: Arguments) -> None:
     """Execute what is out of date, then print the claims and where everything is."""
     start, root = time.perf_counter(), folders.study_folder(args.study)
+    if args.action != "everything":  # which is all that the plan has
+        require_groups(args.study.profile, STUDIES[args.action])
     make_study(args.study, args.seeds, STUDIES[args.action], args.words, args.jobs, args.scheduler, args.target)
     if not args.target:
         from nondecoupling.analysis.tables import claims_text, rows_of
 
         groups = STUDIES[args.action]
-        families = "ABO" + "KJ" * ("controls" in groups) + "G" * ("geometry" in groups)
+        families = "ABOM" + "KJ" * ("controls" in groups) + "G" * ("geometry" in groups)
         print(claims_text(rows_of(folders.read_json(root / "claims.json"), families)))
         print(f"\nreport:  {root / 'report.html'}\nfigures: {root / 'figures'}\nclaims:  {root / 'claims.json'}")
     print(f"{time.perf_counter() - start:.0f} s")
@@ -62,7 +64,7 @@ def run_part(args: Arguments) -> None:
     """Execute one notebook; prints its line."""
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}, but seeds are 0 or more.")
-    if args.run in SUMMARIES:
+    if args.run in summaries(args.study.profile):
         part = next(part for part in graph.parts_of(args.study, args.seeds, graph.GROUPS) if part.name == args.run)
     else:
         part = graph.run_part(args.study, args.run, args.seed)

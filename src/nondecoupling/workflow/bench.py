@@ -64,7 +64,7 @@ def bench_stage(study: Study, name: str, base: Path, data: Path) -> Any:
     settings, run = study.settings_of(study.run(name)), study.run(name)
     tokenizer = models.load_tokenizer(base)
     policy = models.start_policy(base, None, settings.model, settings.adaptation, 0)
-    table = corpus.load_corpus(data)
+    table = corpus.load_corpus(data, answers=settings.data.answers)
     root = folders.study_folder(study)
     return Stage(study, run, 0, settings, root, base, table, tokenizer, policy, {}, provenance.now())
 
@@ -169,7 +169,8 @@ def measure_defaults(study: Study, base: Path, data: Path, steps: int) -> dict[s
     from nondecoupling.training.trainer import peak_memory
 
     prompt, tokenizer = study.profile.prompt, models.load_tokenizer(base)
-    train = corpus.fixed_subset(corpus.load_corpus(data), "train", 512)
+    table = corpus.load_corpus(data, answers=study.profile.data.answers)
+    train = corpus.fixed_subset(table, "train", 512)
     chats = [prompt_messages(prompt, sentence) for sentence in train["sentence"]]
     answers = [[{"role": "assistant", "content": responses(prompt)[label]}] for label in train["label"]]
 
@@ -268,7 +269,7 @@ def run_bench(study: Study, random_weights: bool) -> None:
             base_with_random_weights(settings, base)
         elif settings.pretrains and settings.pretrain:
             print("pretraining the embedded base", flush=True)
-            pretrain(settings.pretrain, settings.prompt, set(), base, seed=0)
+            pretrain(settings.pretrain, settings.data, settings.prompt, set(), base, seed=0)
         else:
             base = base_folder(study, study.run("base"), 0)
         left_out = ["8-bit"] if settings.adaptation.method == "full" else []

@@ -192,17 +192,18 @@ def fetch_inputs(study: Study) -> None:
 
     ValueError where the generated corpus is not described, or a folder of the user's holds no corpus or model.
     """
-    from nondecoupling.task import corpus, grammar, hub  # with pandas, which no recipe needs
+    from nondecoupling.task import annotators, corpus, grammar, hub  # with pandas, which no recipe needs
 
     profile, root = study.profile, folders.study_folder(study)
     if profile.data.generated:
-        corpus.disagreement_by_source(profile.data)
+        annotators.disagreement_by_source(profile.data)
     if profile.pretrains and profile.pretrain:
-        grammar.require_each_phenomenon(profile.pretrain.taught, "pretrain.taught")
+        drawn = annotators.phenomena(profile.data)
+        grammar.require_each_phenomenon(profile.pretrain.taught, "pretrain.taught", drawn)
     if profile.data.source == "hub" and not profile.data.folder and not folders.is_complete(root / "data"):
         hub.fetch_glue()
     if profile.data.folder and not folders.is_complete(root / "data"):
-        corpus.load_corpus(Path(profile.data.folder), profile.data.columns, profile.data.overlap)
+        corpus.load_corpus(Path(profile.data.folder), profile.data.columns, profile.data.answers, profile.data.overlap)
         print(*corpus.remarks(Path(profile.data.folder), profile.data), sep="\n", flush=True)
     if profile.model.folder and not folders.is_complete(root / "base"):
         hub.check_model(Path(profile.model.folder))

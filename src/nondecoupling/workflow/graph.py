@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from nondecoupling.study import folders
 from nondecoupling.study.fingerprint import PACKAGE, code_hashes, fingerprint, kind_of, notebook_of
-from nondecoupling.study.plan import MAKES, SUMMARIES, Group
+from nondecoupling.study.plan import MAKES, SUMMARIES, Group, summaries
 from nondecoupling.study.study import Study, inputs_of
 
 GROUPS: tuple[Group, ...] = ("main", "sweep", "controls", "geometry")
@@ -76,7 +76,7 @@ def parts_of(study: Study, seeds: list[int], groups: Collection[str]) -> list[Pa
     runs = [*once, *each]
     tables = Part(TABLES, None, folders.PROVENANCE, [part.target for part in runs], [])
     parts = [*runs, tables]
-    for name, read in SUMMARIES.items():
+    for name, read in summaries(study.profile).items():
         if name in groups or name not in GROUPS:
             read_runs = {run.name for run in study.runs_of(*read)}
             needs = [part.target for part in runs if part.name in read_runs]  # one seed after the other, as make goes

@@ -23,12 +23,13 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 from nondecoupling.study import folders
 from nondecoupling.study.contracts import Score
 from nondecoupling.study.plan import STATES
+from nondecoupling.study.results import label_log_probabilities, likelier_labels
 from nondecoupling.study.study import Study
 from nondecoupling.task.corpus import fixed_subset, load_checked_corpus
 from nondecoupling.task.prompts import around_answers, prompt_messages, rendered, responses
 from nondecoupling.training import models
 from nondecoupling.training.base import base_folder
-from nondecoupling.training.evaluation import label_log_probabilities, likelier_labels, predict
+from nondecoupling.training.evaluation import predict
 from nondecoupling.training.generation import Prefix, batches
 
 FILE = "score.json"
