@@ -53,6 +53,12 @@ def test_what_was_not_run_is_shown_with_no_number(rows):
     assert list(tables.claims_table(missing)) == ["claim", "verdict"]
 
 
+def test_controls_are_finished_where_all_seeds_have_them():
+    found = metrics_of({"sft-sft": {}, "rl-rl": {}})
+    found = found[(found["run"] == "sft-sft") | (found["seed"] > 0)]
+    assert tables.finished_controls(results_of(load_study("nano"), metrics=found)) == ["sft-sft"]
+
+
 def test_rows_are_chosen_by_the_letter_of_their_id(rows):
     assert [row["id"] for row in tables.rows_of(rows, "AO")] == ["A1", "A2", "O1"]
 
@@ -269,6 +275,9 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     folders.write_json(
         tmp_path / "theory.json", {"sweep": [sweep_entry()], "who_pays": [], "uninformed": None, "crossing": None}
     )
+    some = parts(MEASURED | {"rl-rl": {}})["nano, controls"]
+    assert "| rl-rl | 0.400 |" in some
+    assert "| K1: " not in some  # verdicts are given on all controls together
     runs = MEASURED | {run.name: {} for run in study.runs_of("controls") if run.stage != "reward_model"}
     everything = parts(runs | {"reward-model": {}})
     assert list(everything) == ["nano", "nano, controls", "nano, findings", "nano, cost", "nano, runs"]

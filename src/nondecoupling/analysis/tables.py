@@ -197,6 +197,12 @@ def policies_table(results: Results, *runs: str) -> pd.DataFrame:
     return text.rename(columns=in_words, index=NAMES).rename_axis("policy").reset_index()
 
 
+def finished_controls(results: Results) -> list[str]:
+    """The runs of controls and joint training that all seeds have; verdicts wait until these are all of them."""
+    seeds = results.metrics.groupby("run")["seed"].agg(set)
+    return [run.name for run in results.study.runs_of("controls") if seeds.get(run.name) == set(results.seeds)]
+
+
 def sweep_table(entries: list[SweepEntry]) -> pd.DataFrame:
     """Rise of the SFT loss by RL for each run of the sweep, from theory.json: measured next to the two predictions.
 
@@ -330,9 +336,9 @@ def document_parts(results: Results) -> dict[str, str]:
     sweep: list[SweepEntry] | None = results.read("theory.json")["sweep"]
     tables = [claims_table(rows_of(rows, "ABO")), policies_table(results, *STATES)]
     parts: dict[str, list[Any]] = {results.study.name: tables + ([sweep_table(sweep)] if sweep else [])}
-    others = [run.name for run in results.study.runs_of("controls")]
-    if others and results.has(*others):
-        tables = [claims_table(rows_of(rows, letter)) for letter in "KJ"]
+    if others := finished_controls(results):
+        judged = "KJ" if len(others) == len(results.study.runs_of("controls")) else ""
+        tables = [claims_table(rows_of(rows, letter)) for letter in judged]
         parts[f"{results.study.name}, controls"] = [*tables, policies_table(results, *others)]
     theory = "\n".join(f"* {sentence}" for sentence in theory_sentences(results.read("theory.json")))
     found = markdown_table(findings_table(rows_of(rows, "ABO")))

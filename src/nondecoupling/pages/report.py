@@ -20,6 +20,7 @@ from nondecoupling.analysis.tables import (
     answer_sentences,
     changes,
     claims_table,
+    finished_controls,
     policies_table,
     remarks,
     rows_of,
@@ -136,7 +137,7 @@ def content_of(results: Results) -> dict[str, Any]:
     theory: TheoryFile = results.read("theory.json")
     study, shared = results.study, results.provenance["shared"]
     states, (theorems, of_theory) = states_table(results.final(*STATES)), theorems_and_tests(rows)
-    others = [run.name for run in study.runs_of("controls")]
+    others = finished_controls(results)
     machines = {(shared["cpu"], shared["gpu"])} | {
         (entry.get("cpu", shared["cpu"]), entry.get("gpu", shared["gpu"]))
         for entry in results.provenance["runs"].values()
@@ -164,7 +165,7 @@ def content_of(results: Results) -> dict[str, Any]:
         "drawn": int(results.trajectories["n"].max()),
         "made_by": made_by(results),
         "notebooks": notebooks_beside(results),
-        "other_policies": policies_table(results, *others) if others and results.has(*others) else None,
+        "other_policies": policies_table(results, *others) if others else None,
         "collapsed": [NAMES[run] for run in states.index[states["collapsed"] != "no"]],
         "sweep": sweep_table(theory["sweep"]) if theory["sweep"] else None,
         "figures": {path.stem: as_image(path) for path in sorted((results.folder / "figures").glob("*.svg"))},
