@@ -13,7 +13,9 @@ def home(tmp_path, monkeypatch):
         "CONTRIBUTING.md": "# How\n",
         "docs/a.md": "# A\n\n[home](../README.md), [all](../results)\n",
         "notebooks/1.ipynb": '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}',
-        "results/reference/x/report.html": "<p>report</p>",
+        "results/reference/x/report.html": '<a href="../../../notebooks/1.ipynb">1</a> <a href="claims.json">c</a>',
+        "results/reference/x/claims.json": "[]",
+        "results/reference/x/figures/a.png": "",
     }
     for name, text in texts.items():
         book.write(tmp_path / "home" / name, text)
@@ -29,6 +31,10 @@ def test_everything_is_in_the_contents_and_links_lead_to_pages(home, tmp_path):
     assert listed == ["notebooks/1", "reports/x", "docs/a", "docs/new"]
     assert "the [report](reports/x.md)" in index
     assert (tmp_path / "docs" / "a.md").read_text() == "# A\n\n[home](../index.md), all\n"
+    report = tmp_path / "extra" / "reports" / "x"
+    assert '<a href="../../notebooks/1.html">' in (report / "report.html").read_text()
+    assert (report / "claims.json").exists()
+    assert (report / "figures" / "a.png").exists()
 
 
 def test_a_link_to_nothing_is_named_and_what_was_built_is_kept(home, tmp_path):

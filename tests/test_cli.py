@@ -14,7 +14,7 @@ from making import REPOSITORY, environment, make
 from nondecoupling.study.study import load_study
 from nondecoupling.task import grammar
 from nondecoupling.workflow.__main__ import main
-from nondecoupling.workflow.executor import alone
+from nondecoupling.workflow.executor import alone, progress_line
 
 
 @pytest.fixture
@@ -29,6 +29,12 @@ def no_kernel(monkeypatch):
     import papermill
 
     monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
+
+
+def test_progress_says_what_is_left_in_whole_minutes():
+    assert progress_line("sft · 0:15", 6, 24, 60) == "[6/24] sft · 0:15 · 25 % done, about 3 min left"
+    assert progress_line("sft · 0:15", 23, 24, 200) == "[23/24] sft · 0:15 · 95 % done"
+    assert progress_line("sft · 0:15", 24, 24, 2000) == "[24/24] sft · 0:15 · 100 % done"
 
 
 # Refusals

@@ -1,6 +1,7 @@
 """What the notebook ``explore`` finds, draws and counts."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from ipywidgets import Dropdown, IntSlider, SelectMultiple
 from matplotlib import pyplot as plt
@@ -175,6 +176,12 @@ def test_changed_answers_are_counted_by_source(tmp_path):
     assert listed.data["sentence"].tolist() == ["s1"]
     assert listed.caption == "1 of 1 sentences"
     assert "holds none" in explore.list_changes(changed.assign(sentence=""), "every phenomenon", False).caption
+    assert explore.outcome_of_changes(changed.assign(now="right").head(1)).startswith(
+        "1 became right, 0 wrong: as a coin"
+    )
+    many = pd.DataFrame({"now": ["right"] * 58 + ["wrong"] * 12})
+    assert explore.outcome_of_changes(many).startswith("58 became right, 12 wrong: no coin's doing (p = 3e-08)")
+    assert explore.outcome_of_changes(many.head(0)) == "0 became right, 0 wrong"
     counts = explore.count_changes(changed)
     assert counts.loc["x"].tolist() == [1, 1]
     assert counts.loc["y"].tolist() == [1, 0]

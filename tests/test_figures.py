@@ -75,6 +75,62 @@ def test_the_picture_of_both_experiments_says_what_was_found(verdicts, titles):
     assert labels == ["base\nmodel", "after 9 steps\nof SFT", "after 4 steps\nof RL"]
 
 
+def claim(name, verdict, estimate=0.217, ci95=(0.1, 0.3), **more):
+    return {"id": name, "verdict": verdict, "estimate": estimate, "ci95": list(ci95), **more}
+
+
+def two_stages(first, second):
+    return pd.DataFrame(
+        {"run": run, "seed": seed, "step": step, "sft_loss": 0.5, "reward_exact": 0.4, "reward_greedy": 0.6}
+        for run in (first, second)
+        for seed in range(2)
+        for step in (0, 9)
+    )
+
+
+@pytest.mark.parametrize(("verdict", "does"), [("reproduced", "raises"), ("inconclusive", "may or may not raise")])
+def test_experiment_a_says_its_finding_with_its_number(verdict, does):
+    levels = {"base model": 0.7, "predicted, own belief": 0.6}
+    axes = figures.draw_loss(two_stages("sft", "sft-rl"), claim("A1", verdict), levels).axes[0]
+    assert axes.get_title(loc="left") == f"RL after SFT {does} the SFT loss"
+    words = {text.get_text() for text in axes.texts}
+    assert {"+0.217 nats\n[+0.100, +0.300]", "base model: 0.700", "predicted, own belief: 0.600"} <= words
+
+
+def test_experiment_b_names_its_curves():
+    rows = claim("B2", "reproduced", -0.13, (-0.15, -0.11)), claim("B3", "inconclusive")
+    axes = figures.draw_reward(two_stages("rl", "rl-sft"), *rows, {"majority answer": 0.3}).axes[0]
+    assert axes.get_title(loc="left") == "SFT after RL: sampled reward falls, greedy undecided"
+    words = {text.get_text() for text in axes.texts}
+    assert {"sampled answers", "likelier answer (greedy)", "-0.130\n[-0.150, -0.110]"} <= words
+
+
+def test_titles_follow_the_verdicts():
+    rows = [claim(f"J1-{run}", verdict) for run, verdict in (("a", "confirmed"), ("b", "refuted"), ("c", "refuted"))]
+    rows += [claim("J2-a", "confirmed")]
+    expected = "Of 3 joint runs, 1 earn more than sequential ones at equal SFT loss, 2 less"
+    assert figures.title_of_joint(rows) == expected
+    assert figures.title_of_proxy(claim("K9", "confirmed", -0.1, (-0.2, -0.05))).startswith(
+        "RL paid by a learnt reward earns less true reward: -0.100"
+    )
+    assert "is open" in figures.title_of_proxy(claim("K9", "inconclusive"))
+    predicted = [claim("A1", "", predicted_from_policies=p) for p in (0.2, 0.4, None)]
+    assert figures.title_of_claims(predicted).endswith("of 1 of 2 changes")
+    entries = [
+        {"beta": beta, "change_of_loss": {"gap_to_own_belief": over(gap)}} for beta, gap in ((1, 0.01), (0.1, -0.2))
+    ]
+    assert figures.title_of_sweep(entries).endswith("at β = 0.1")
+    assert figures.title_of_sweep(entries[:1]).endswith("at any β")
+
+
+def test_a_figure_says_in_words_what_is_in_it():
+    figure, axes = plt.subplots()
+    axes.plot([0, 1], label="measured")
+    axes.set(xlabel="step", ylabel="SFT\nloss", title="It rises")
+    axes.text(0, 0, "majority answer")
+    assert figures.said_by(figure) == "It rises. SFT loss against step. measured, majority answer"
+
+
 def test_who_pays_says_what_was_measured_at_both_ends():
     payers = [PARTS | {"measured": over(rise), "q": q, "share": 0.5} for q, rise in ((0.98, 0.04), (0.75, 0.31))]
     bins = [

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,26 @@ def test_a_chapter_leads_to_its_neighbours_at_top_and_bottom_and_has_a_bound(pla
     neighbours = [path.name for path in (CHAPTERS[max(place - 1, 0)], *CHAPTERS[place + 1 : place + 2])]
     assert {"../README.md", *neighbours} - {CHAPTERS[place].name} <= set(links)
     assert len(cells) < (20 if place == 0 else 45)
+
+
+# Chapters that train are renewed with the reference, at a cost of minutes; these whenever what they show changes.
+READERS = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if "nondecoupling.training" not in code_of(path)]
+
+
+@pytest.mark.parametrize("chapter", READERS, ids=lambda path: path.stem)
+def test_outputs_are_made_for_readers(chapter):
+    """Figures have words, what a cell prints is one output, and tables have no names of columns in files."""
+    for cell in cells_of(chapter):
+        outputs = cell.get("outputs", [])
+        names = [output.get("name") for output in outputs]  # of streams
+        assert all(one is None or one != other for one, other in pairwise(names))
+        for output in outputs:
+            assert not re.search(
+                "_bytes|reward_exact|frac_reward|NaN", "".join(output.get("data", {}).get("text/html", ""))
+            )
+            assert not "".join(output.get("data", {}).get("text/plain", "")).startswith("Text(")
+            if "image/png" in output.get("data", {}):
+                assert len(output["metadata"]["image/png"]["alt"]) > 20
 
 
 NO_TORCH = """

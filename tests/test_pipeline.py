@@ -84,7 +84,9 @@ def test_reproduce_leaves_every_result(study):
 
 
 def test_progress_is_counted_to_the_end(study):
-    lines = re.findall(r"^\[(\d+)/14\] (.+) · (\d+):\d\d · (\d+) % done$", study[1], flags=re.MULTILINE)
+    lines = re.findall(
+        r"^\[(\d+)/14\] (.+) · (\d+):\d\d · (\d+) % done(?:, about \d+ min left)?$", study[1], flags=re.MULTILINE
+    )
     assert [int(line[0]) for line in lines] == list(range(1, 15))  # data, base, four runs of two seeds, theory, claims
     names = [line[1] for line in lines]
     assert sorted(names[:-2]) == sorted(f"seed {seed} · {run}" for seed in SEEDS for run in ("data", "base", *RUNS))
@@ -354,7 +356,9 @@ def test_a_run_beside_another_parent_than_its_own_is_stale_and_in_no_table(copie
 
 def finished_in(printed: str) -> list[str]:
     """What was executed."""
-    return re.findall(r"^\[\d+/\d+\] (.+) · \d+:\d\d · \d+ % done$", printed, flags=re.MULTILINE)
+    return re.findall(
+        r"^\[\d+/\d+\] (.+) · \d+:\d\d · \d+ % done(?:, about \d+ min left)?$", printed, flags=re.MULTILINE
+    )
 
 
 def execution_of(run: str, command: int) -> psutil.Process:

@@ -66,9 +66,9 @@ def test_report_shows_every_claim_with_its_numbers(finished, name):
     for row in rows:
         shown = page.partition(f'<tr id="{row["id"]}">')[2].partition("</tr>")[0]
         for text in tables.claims_table([row]).drop(columns="verdict").iloc[0]:
-            assert escape(text) in shown
+            assert escape(report.minus(text)) in shown
         assert row["verdict"] in shown
-        assert escape(row["note"]) in shown
+        assert escape(report.minus(row["note"])) in shown
     collapsed = tables.states_table(results.final(*STATES))["collapsed"].ne("no").any()
     assert ("Read with care" in page) == collapsed
 
@@ -79,8 +79,11 @@ def test_report_loads_nothing_and_every_figure_has_words(finished):
     loaded = re.findall(r'(?:src|href)="([^"]*)"|url\(|@import|<script', page)
     links = re.findall(r'<a href="(https?:[^"]*)"', page)
     assert set(links) == {"https://arxiv.org/abs/2601.07389"}  # which is followed by those who click
-    assert all(target.startswith(("data:", "#")) for target in loaded if target not in links)
+    files = [target for target in loaded if target not in links and not target.startswith(("data:", "#"))]
+    assert len(files) > 10
+    assert all((results.folder / target).exists() for target in files)  # beside the page, for those who click
     images = re.findall(r"<img [^>]*>", page)
+    assert "Curves are measured on" not in page
     assert len(images) == len(list((results.folder / "figures").glob("*.svg"))) >= 9
     assert all(re.search(r'alt="[^"]{60,}"', image) for image in images)
     losses = results.final(*STATES).groupby("run")["sft_loss"].mean().map("{:.3f}".format)
@@ -125,8 +128,8 @@ def test_theorems_are_shown_apart_from_what_an_interval_decides(finished):
     theorems, amounts = (
         part.partition("</table>")[0]
         for part in section(page_of(finished("nano")), "predicted")
-        .partition('<table class="claims">')[2]
-        .split('<table class="claims">')
+        .partition('<table class="claims')[2]
+        .split('<table class="claims')
     )
     assert re.findall(r'<tr id="([^"]+)">', theorems) == ["T1", "T5"]
     assert {"T2", "T6", "T7"} <= set(re.findall(r'<tr id="([^"]+)">', amounts))
@@ -150,6 +153,40 @@ def test_a_sweep_that_was_not_run_has_no_table_and_no_number(finished):
     assert "– not run" in row
     assert "make betas" in row
     assert set(re.findall(r"<td[^>]*>([^<\s]+)</td>", row)) == {"-"}
+
+
+def test_numbers_are_set_one_below_the_other_with_real_minus_signs():
+    text = "-0.042 [-0.1, +0.2] at T4-b0.5, 1e-09, rl-sft"
+    assert report.minus(text) == "−0.042 [−0.1, +0.2] at T4-b0.5, 1e-09, rl-sft"
+    rows = [
+        {"claim": "A1", "measured": "+0.2 [-0.1, +0.3]", "p": "1.3e-06"},
+        {"claim": "1", "measured": "-", "p": "9%"},
+    ]
+    assert report.numeric_columns(rows) == ["measured", "p"]
+
+
+def test_a_page_says_what_holds_for_its_own_numbers(finished):
+    """Where a correction has withdrawn a verdict, and where curves are of fewer sentences than tables."""
+    results = finished("nano")
+    rows = results.read("claims.json")
+    changed = {"verdict": "inconclusive", "p_value": 0.02, "p_holm": 0.08, "note": ""}
+    folders.write_json(results.folder / "claims.json", [row | changed if row["id"] == "A1" else row for row in rows])
+    fewer = replace(results, trajectories=results.trajectories.assign(n=64))
+    page = report.render_report(report.content_of(fewer))
+    for place in (section(page, "short"), section(page, "claims")):
+        assert "p 0.02, but 0.08 after Holm&#39;s correction" in place
+    assert page.count("Curves are measured on 64 dev sentences, tables and claims on all 1,000.") == 4
+    row = page.partition('<tr id="B2">')[2].partition("</tr>")[0]
+    assert '<td data-label="measured [95 %]" class="numbers">−0.' in row
+    assert not re.search(r">[^<]*\s-\d", page.partition("<body>")[2].partition("Every setting")[0])
+
+
+def test_the_report_says_which_commands_made_it(finished):
+    results = finished("nano")
+    assert report.made_by(results)[0] == "make reproduce PROFILE=nano SEEDS=0-9"
+    own = load_study("nano", overrides={"rl.beta": 0.25})
+    few = replace(results, study=own, provenance=results.provenance | {"seeds": [0, 3]})
+    assert report.made_by(few)[0] == 'make reproduce PROFILE=nano SEEDS=0,3 SET="rl.beta=0.25"'
 
 
 def test_costs_say_how_long_each_run_took_and_whose_it_is():
@@ -179,14 +216,12 @@ def test_same_numbers_give_the_same_figures_and_the_reference_none(tmp_path, mon
         monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / name))
         folder = folders.study_folder(load_study("nano"))
         folder.mkdir(parents=True)
-        figures.save_figure(
-            results_of(load_study("nano"), folder=folder), figures.draw_claims(rows, "Claims"), "claims"
-        )
+        figures.save_figure(results_of(load_study("nano"), folder=folder), figures.draw_claims(rows), "claims")
         files.append({path.name: path.read_bytes() for path in (folder / "figures").iterdir()})
     assert set(files[0]) == {"claims.png", "claims.svg", "claims.pdf"}
     assert files[0] == files[1]
     committed = results_of(load_study("nano"), folder=tmp_path)
-    figures.save_figure(committed, figures.draw_claims(rows, "Claims"), "claims")
+    figures.save_figure(committed, figures.draw_claims(rows), "claims")
     assert not (tmp_path / "figures").exists()
 
 

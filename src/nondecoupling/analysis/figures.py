@@ -7,28 +7,49 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
+from statsmodels.stats.proportion import proportion_confint
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.predictions import frontier, label_policy, labels_given, mean_path
 from nondecoupling.analysis.statistics import interval_text, mean_interval, shown
+from nondecoupling.analysis.wording import in_words
 from nondecoupling.study.contracts import ClaimRow, Crossing, OverSeeds, Payer, SweepEntry, Tilt
 from nondecoupling.study.plan import NAMES, WEIGHTS
 from nondecoupling.study.results import Results
 
 COLOURS = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)), strict=True))
+CHANGES = {"change_of_loss": "rise of the SFT loss by RL, nats", "change_of_reward": "gain of reward by RL"}
 LABEL_GAP = 0.05  # of the height of the axes
 MIXED = {"interleaved": "by turns"} | {f"joint-m{weight}": f"joint, μ = {weight}" for weight in WEIGHTS}
 MEASURED, OWN, PERFECT = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[2], "0.55"
 
 
 def set_style() -> None:
-    """Readable text, light grid, vector text kept as text (in PDF as TrueType, which journals want)."""
+    """Readable text, light grid, vector text kept as text (in PDF as TrueType, which journals want).
+
+    In a notebook each figure also says in words what is in it, to those who do not see it.
+    """
     vector = {"svg.fonttype": "none", "svg.hashsalt": "nondecoupling", "pdf.fonttype": 42}
     sns.set_theme(style="whitegrid", context="notebook", rc={**vector, "figure.dpi": 100})
+    if shell := get_ipython():
+        bundles = shell.display_formatter.mimebundle_formatter
+        bundles.for_type(Figure, lambda figure, **_: ({}, {"image/png": {"alt": said_by(figure)}}))
+
+
+def said_by(figure: Figure) -> str:
+    """The words of ``figure``: its title, and of each panel the title, the axes, the legend and what stands in it."""
+    said = [figure.get_suptitle()]
+    for axes in figure.axes:
+        said += [axes.get_title(loc=side) for side in ("left", "center", "right")]
+        said += [" against ".join(filter(None, [axes.get_ylabel(), axes.get_xlabel()]))]
+        inside = [*axes.get_legend_handles_labels()[1], *(text.get_text() for text in axes.texts)]
+        said += [", ".join(dict.fromkeys(filter(None, inside)))]
+    return ". ".join(dict.fromkeys(" ".join(words.split()) for words in said if words))
 
 
 def save_figure(results: Results, figure: Figure, name: str) -> None:
@@ -115,7 +136,7 @@ def label_levels(axes: Axes, levels: dict[str, float]) -> None:
     axes.set_ylim(low - margin, high + margin)
     free = low - margin
     for text, value in sorted(levels.items(), key=lambda item: item[1]):
-        axes.axhline(value, color="0.35", linestyle="--", linewidth=1.2, zorder=1)
+        axes.axhline(value, color="0.35", linestyle=":", linewidth=1.4, zorder=1)
         place = max(value, free)
         free = place + 0.05 * (high - low)
         axes.annotate(
@@ -139,19 +160,19 @@ def draw_stage(trajectory: pd.DataFrame, quantities: list[str], best: dict[str, 
     only) and the sharp one. Where nobody knows what annotators say there is the majority answer alone.
     """
     majority = trajectory["majority_reward"].iloc[0]
-    levels = {"reward_exact": [majority], "reward_greedy": [majority]}
+    levels = {name: {"majority answer": majority} for name in ("reward_exact", "reward_greedy")}
     if best:
-        levels["sft_loss"] = [best["loss"]]
-        levels["reward_exact"] += [best["reward"], best["greedy"]]
-        levels["reward_greedy"] += [best["greedy"]]
-    grid = sns.relplot(
-        trajectory.melt("step", quantities, "quantity"),
-        x="step", y="value", col="quantity", kind="line", marker="o", height=2.6, facet_kws={"sharey": False},
-    )  # fmt: skip
-    grid.set_titles("{col_name}")
-    for name, axes in grid.axes_dict.items():
-        for level in levels.get(str(name), []):
+        levels["sft_loss"] = {"best possible": best["loss"]}
+        levels["reward_exact"] |= {"calibrated": best["reward"], "sharp": best["greedy"]}
+        levels["reward_greedy"] |= {"sharp": best["greedy"]}
+    figure, panels = plt.subplots(1, len(quantities), figsize=(2.7 * len(quantities), 2.8), layout="constrained")
+    for axes, name in zip(np.atleast_1d(panels), quantities, strict=True):
+        axes.plot(trajectory["step"], trajectory[name], marker="o", markersize=4, color=MEASURED)
+        axes.set(title=in_words(name), xlabel="step")
+        for words, level in levels.get(name, {}).items():
             axes.axhline(level, color="0.4", linestyle="--", linewidth=1)
+            place = trajectory["step"].max(), level
+            axes.annotate(words, place, (0, 2), textcoords="offset points", ha="right", fontsize=8, color="0.3")
 
 
 def pipeline(trajectories: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
@@ -184,26 +205,74 @@ def draw_pipeline(axes: Axes, trajectories: pd.DataFrame, first: str, second: st
     axes.set_xlabel("training steps of the two stages")
 
 
-def draw_loss(trajectories: pd.DataFrame, levels: dict[str, float]) -> Figure:
-    """Experiment A: SFT loss along base → SFT → RL with the labelled ``levels``."""
-    figure, axes = plt.subplots(figsize=(8, 4.2))
+def title_of_loss(row: ClaimRow) -> str:
+    """What RL after SFT does to the SFT loss, by the verdict of A1."""
+    does = {"reproduced": "raises", "not reproduced": "lowers"}.get(row["verdict"], "may or may not raise")
+    return f"RL after SFT {does} the SFT loss"
+
+
+def title_of_reward(sampled: ClaimRow, greedy: ClaimRow) -> str:
+    """What SFT after RL does to the reward, by the verdicts of B2 and B3."""
+    moves = {"reproduced": "falls", "not reproduced": "rises"}
+    of_sampled, of_greedy = (moves.get(row["verdict"], "undecided") for row in (sampled, greedy))
+    return f"SFT after RL: sampled reward {of_sampled}, greedy {of_greedy}"
+
+
+def effect_of(row: ClaimRow, unit: str = "") -> str:
+    """The change of a claim and, on a line below it, its interval."""
+    mean, _, interval = interval_text(row["estimate"], row["ci95"]).partition(" ")
+    return f"{mean}{unit}\n{interval}".rstrip()
+
+
+def draw_effect(axes: Axes, trajectories: pd.DataFrame, first: str, second: str, metric: str, words: str) -> None:
+    """An arrow right of both stages, from the mean of ``metric`` after the ``first`` to that after the second."""
+    mean = trajectories.groupby(["run", "step"])[metric].mean()
+    start, end = (mean[run].iloc[-1] for run in (first, second))
+    left, right = axes.get_xlim()
+    place, width = right - 0.01 * (right - left), right - left
+    arrow = {"arrowstyle": "-|>", "linewidth": 2, "color": COLOURS[second], "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (place, end), (place, start), arrowprops=arrow)
+    text = axes.text(
+        place + 0.02 * width, (start + end) / 2, words, color=ink(COLOURS[second]), va="center", fontsize=10
+    )
+    text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 2})
+    ticks = [tick for tick in axes.get_xticks() if 0 <= tick <= right]
+    axes.set_xlim(left, right + 0.3 * width)
+    axes.set_xticks(ticks)
+
+
+def draw_loss(trajectories: pd.DataFrame, row: ClaimRow, levels: dict[str, float]) -> Figure:
+    """Experiment A: SFT loss along base → SFT → RL with the labelled ``levels``; ``row`` is A1's, the effect."""
+    figure, axes = plt.subplots(figsize=(8.5, 4.2))
     draw_pipeline(axes, trajectories, "sft", "sft-rl", "sft_loss", linewidth=2.2)
+    draw_effect(axes, trajectories, "sft", "sft-rl", "sft_loss", effect_of(row, " nats"))
     label_levels(axes, levels)
-    axes.set_ylabel("SFT loss on dev, nats per response")
-    axes.set_title("Experiment A: RL after SFT", pad=24)
+    axes.set_ylabel("SFT loss on dev, nats")
+    axes.set_title(title_of_loss(row), loc="left", weight="bold", fontsize=12, pad=26)
     return figure
 
 
-def draw_reward(trajectories: pd.DataFrame, levels: dict[str, float]) -> Figure:
-    """Experiment B: reward along base → RL → SFT, sampled (expected, solid) and greedy (dashed), with ``levels``."""
-    figure, axes = plt.subplots(figsize=(8, 4.2))
+def draw_reward(trajectories: pd.DataFrame, sampled: ClaimRow, greedy: ClaimRow, levels: dict[str, float]) -> Figure:
+    """Experiment B: reward along base → RL → SFT, of sampled answers (expected, solid) and of greedy ones (dashed).
+
+    The rows are those of B2 and B3; ``levels`` are labelled lines.
+    """
+    figure, axes = plt.subplots(figsize=(8.5, 4.2))
     draw_pipeline(axes, trajectories, "rl", "rl-sft", "reward_exact", linewidth=2.2)
     path = pipeline(trajectories, "rl", "rl-sft")
     for run, part in path.groupby("run"):
-        sns.lineplot(part, x="at", y="reward_greedy", color=COLOURS[run], errorbar=None, linestyle="--", ax=axes)
+        sns.lineplot(part, x="at", y="reward_greedy", color=COLOURS[run], errorbar=t_bounds, linestyle="--", ax=axes)
+    for words, metric, offset in (
+        ("likelier answer (greedy)", "reward_greedy", 9),
+        ("sampled answers", "reward_exact", -18),
+    ):
+        end = path.loc[path["at"] == path["at"].max(), metric].mean()
+        style: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontsize": 9}
+        axes.annotate(words, (path["at"].max(), end), (0, offset), color=ink(COLOURS["rl-sft"]), **style)
+    draw_effect(axes, trajectories, "rl", "rl-sft", "reward_exact", effect_of(sampled))
     label_levels(axes, levels)
-    axes.set_ylabel("reward on dev (solid: sampled, dashed: greedy)")
-    axes.set_title("Experiment B: SFT after RL", pad=24)
+    axes.set_ylabel("reward on dev")
+    axes.set_title(title_of_reward(sampled, greedy), loc="left", weight="bold", fontsize=12, pad=26)
     return figure
 
 
@@ -224,12 +293,9 @@ def draw_experiments(trajectories: pd.DataFrame, rows: list[ClaimRow], majority:
     ``majority`` is the reward of the majority answer on the sentences that are drawn.
     """
     row = {claim["id"]: claim for claim in rows}
-    moved = {"reproduced": "falls", "not reproduced": "rises"}
-    loss = {"reproduced": "raises", "not reproduced": "lowers"}.get(row["A1"]["verdict"], "may or may not raise")
-    sampled, greedy = (moved.get(row[name]["verdict"], "undecided") for name in ("B2", "B3"))
     panels = {
-        f"A   RL after SFT {loss} the SFT loss": ("sft", "sft-rl", {"sft_loss": ("-", "", "A1", " nats")}),
-        f"B   SFT after RL: sampled reward {sampled}, greedy {greedy}": (
+        f"A   {title_of_loss(row['A1'])}": ("sft", "sft-rl", {"sft_loss": ("-", "", "A1", " nats")}),
+        f"B   {title_of_reward(row['B2'], row['B3'])}": (
             "rl",
             "rl-sft",
             {
@@ -245,8 +311,7 @@ def draw_experiments(trajectories: pd.DataFrame, rows: list[ClaimRow], majority:
             draw_stages(axes, trajectories, first, second, metric, linestyle)
             part = trajectories[(trajectories["run"] == second)]
             end = part.loc[part["step"] == part["step"].max(), metric].mean()
-            mean, _, interval = interval_text(row[claim]["estimate"], row[claim]["ci95"]).partition(" ")
-            ends[f"{words}{mean}{unit}\n{interval}"] = end, COLOURS[second]
+            ends[f"{words}{effect_of(row[claim], unit)}"] = end, COLOURS[second]
         steps = [int(trajectories.loc[trajectories["run"] == run, "step"].max()) for run in (first, second)]
         names = [NAMES[first], NAMES[second].rpartition(" ")[2]]
         after = [f"after {count} steps\nof {name}" for count, name in zip(steps, names, strict=True)]
@@ -312,7 +377,8 @@ def draw_calibration(answers: dict[str, pd.DataFrame], levels: list[float]) -> F
     """How sure each policy is, and how right that is.
 
     Above: histograms of p(acceptable), with ``levels`` (what calibrated answers would be) as dotted lines. Below: the
-    share of sentences labelled acceptable against p(acceptable), in ten bins; the diagonal is calibration.
+    share of sentences labelled acceptable against p(acceptable), in ten bins with their 95 % intervals over sentences;
+    the diagonal is calibration.
     ``answers`` maps runs to the pooled answers of all seeds.
     """
     figure, axes = plt.subplots(2, len(answers), figsize=(2.1 * len(answers), 4.6), sharex=True, sharey="row")
@@ -320,14 +386,20 @@ def draw_calibration(answers: dict[str, pd.DataFrame], levels: list[float]) -> F
     for (run, table), (above, below) in zip(answers.items(), axes.T, strict=True):
         p = pd.Series(np.exp(label_policy(table)[:, -1]))
         sns.histplot(x=p, bins=np.linspace(0, 1, 21), stat="probability", color=COLOURS[run], ax=above)
+        above.set(xlabel="", ylabel="")
         above.set_title(NAMES[run], color=ink(COLOURS[run]), weight="bold")
         for level in levels:
             above.axvline(level, color="0.25", linestyle=":")
+        if levels and above is axes[0, 0]:
+            text = above.text(0.5, 0.95, "dotted:\na perfect\nlearner", fontsize=8, color="0.25", ha="center", va="top")
+            text.set(transform=above.transAxes, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
         groups = pd.DataFrame({"p": p, "label": labels_given(table)[:, -1] == 0}).groupby(
             pd.cut(p, bins, include_lowest=True), observed=True
         )
         points = groups.agg(p=("p", "mean"), share=("label", "mean"), n=("label", "size"))
         below.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+        low, high = proportion_confint((points["share"] * points["n"]).round(), points["n"], method="wilson")
+        below.vlines(points["p"], low, high, color=COLOURS[run], linewidth=1.4)
         below.scatter(
             points["p"], points["share"], s=8 + 400 * points["n"] / len(p), color=COLOURS[run], alpha=0.8, clip_on=False
         )
@@ -338,7 +410,16 @@ def draw_calibration(answers: dict[str, pd.DataFrame], levels: list[float]) -> F
     return figure
 
 
-def draw_claims(rows: list[ClaimRow], title: str) -> Figure:
+def title_of_claims(rows: list[ClaimRow]) -> str:
+    """How often a measured interval holds what own belief predicted, of those ``rows`` that have both."""
+    both = [(row["predicted_from_policies"], row["ci95"]) for row in rows]
+    held = [low <= predicted <= high for predicted, (low, high) in ((p, ci) for p, ci in both if p is not None and ci)]
+    if not held:
+        return "What was measured; nothing was predicted from the policies"
+    return f"Own belief is within the measured interval of {sum(held)} of {len(held)} changes"
+
+
+def draw_claims(rows: list[ClaimRow]) -> Figure:
     """Each claim's change as measured, with its 95 % interval over seeds, beside what was predicted, a line each.
 
     ``rows`` are those whose quantity is a difference of losses (nats) or of rewards, which have axes of their own; what
@@ -357,7 +438,7 @@ def draw_claims(rows: list[ClaimRow], title: str) -> Figure:
     for axes, (unit, part) in zip(panels[:, 0], units.items(), strict=True):
         draw_changes(axes, part)
         axes.set_xlabel(unit)
-    panels[0, 0].set_title(title)
+    figure.suptitle(title_of_claims(rows), weight="bold", fontsize=12)
     known = {words: mark for axes in figure.axes for mark, words in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figure
@@ -385,12 +466,21 @@ def draw_changes(axes: Axes, rows: list[ClaimRow]) -> None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
 
 
-def draw_proxy(trajectories: pd.DataFrame, majority: float) -> Figure:
+def title_of_proxy(row: ClaimRow) -> str:
+    """What the learnt reward cost, by the verdict of K9, with its number."""
+    says = {"confirmed": "RL paid by a learnt reward earns less true reward"}
+    says["refuted"] = "RL paid by a learnt reward earns more true reward"
+    words = says.get(row["verdict"], "Whether RL paid by a learnt reward earns less true reward is open")
+    return f"{words}: {interval_text(row['estimate'], row['ci95'])}"
+
+
+def draw_proxy(trajectories: pd.DataFrame, majority: float, row: ClaimRow) -> Figure:
     """True reward, and rise of the proxy's score, along RL paid by either; means and 95 % intervals over seeds.
 
     The zero of a proxy's scores is arbitrary and differs between seeds, so that only their rise can be compared.
+    ``row`` is K9's, the claim about both.
     """
-    figure, (true, proxy) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (true, proxy) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     table = trajectories.sort_values("step")
     table = table.assign(rise=table["reward_proxy"] - table.groupby(["run", "seed"])["reward_proxy"].transform("first"))
     rises: dict[str, tuple[float, Any]] = {}
@@ -405,20 +495,32 @@ def draw_proxy(trajectories: pd.DataFrame, majority: float) -> Figure:
                 rises[NAMES[run]] = part.loc[part["step"] == part["step"].max(), "rise"].mean(), COLOURS[run]
     true.set(xlabel="RL steps", ylabel="true reward of sampled answers", title="What is meant")
     proxy.set(xlabel="RL steps", ylabel="rise of the proxy's mean score", title="What is paid")
-    label_levels(true, {"majority answer": majority})
+    true.axhline(majority, color="0.35", linestyle=":", linewidth=1.4)
+    place = table.loc[table["run"] == "rl", "step"].max(), majority
+    true.annotate("majority answer", place, (0, 4), textcoords="offset points", ha="right", fontsize=9, color="0.25")
     legend_below(true, 2)
     label_ends(proxy, rises)
+    figure.suptitle(title_of_proxy(row), weight="bold", fontsize=12)
     return figure
 
 
-def draw_joint(metrics: pd.DataFrame, joint: list[str], frontiers: dict[str, pd.DataFrame]) -> Figure:
+def title_of_joint(rows: list[ClaimRow]) -> str:
+    """How many joint runs were shown to earn more, and less, than sequential ones at equal loss: verdicts of J1."""
+    verdicts = [row["verdict"] for row in rows if row["id"].startswith("J1-")]
+    more, less = (verdicts.count(verdict) for verdict in ("confirmed", "refuted"))
+    return f"Of {len(verdicts)} joint runs, {more} earn more than sequential ones at equal SFT loss, {less} less"
+
+
+def draw_joint(
+    metrics: pd.DataFrame, joint: list[str], frontiers: dict[str, pd.DataFrame], rows: list[ClaimRow]
+) -> Figure:
     """Where joint, interleaved and sequential training end in the (SFT loss, sampled reward) plane.
 
-    Small marks are seeds, large ones means. ``frontiers`` maps a label to columns ``sft_loss, reward``.
+    Small marks are seeds, large ones means. ``frontiers`` maps a label to columns ``sft_loss, reward``; ``rows`` are
+    those of joint training.
     """
     figure, axes = plt.subplots(figsize=(8, 5.4))
-    for (label, curve), style in zip(frontiers.items(), ("-", "--", ":"), strict=False):
-        axes.plot(curve["sft_loss"], curve["reward"], color="0.55", linestyle=style, linewidth=2, label=label, zorder=0)
+    names: dict[str, tuple[float, float, Any]] = {}
     mixed = sns.color_palette("flare", len(joint))
     marks = {run: (COLOURS[run], "*", NAMES[run]) for run in ("sft", "sft-rl", "rl", "rl-sft")}
     marks |= {
@@ -429,15 +531,20 @@ def draw_joint(metrics: pd.DataFrame, joint: list[str], frontiers: dict[str, pd.
         ends = metrics[metrics["run"] == run]
         axes.plot(ends["sft_loss"], ends["reward_exact"], mark, color=colour, markersize=4, alpha=0.5)
         middle = ends[["sft_loss", "reward_exact"]].mean()
-        axes.plot(*middle, mark, color=colour, markersize=12, markeredgecolor="white", label=name)
-    lowest = metrics.loc[metrics["run"].isin(marks), "reward_exact"].min()
+        axes.plot(*middle, mark, color=colour, markersize=12, markeredgecolor="white")
+        names[name] = *middle, colour
+    lowest = metrics.loc[metrics["run"].isin(marks), "reward_exact"].min() - 0.05
+    for (label, curve), style in zip(frontiers.items(), ("-", "--"), strict=True):
+        axes.plot(curve["sft_loss"], curve["reward"], color="0.55", linestyle=style, linewidth=2, label=label, zorder=0)
+        start = curve[curve["reward"] > lowest].iloc[-1]  # from sharp to soft
+        names[label] = start["sft_loss"], start["reward"], "0.35"
     axes.set(
-        xlabel="SFT loss on dev, nats per response (lower is better)",
-        ylabel="reward of sampled answers on dev (higher is better)",
-        title="Both at once, or one after the other",
-        ylim=(lowest - 0.05, None),  # temperature curves go on below
+        xlabel="SFT loss on dev, nats per response (left is better)",
+        ylabel="reward of sampled answers on dev (up is better)",
+        ylim=(lowest, None),  # temperature curves go on below
     )
-    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    axes.set_title(title_of_joint(rows), loc="left", weight="bold", fontsize=11)
+    label_points(axes, names)
     return figure
 
 
@@ -518,6 +625,15 @@ def draw_theory(q: ArrayLike, beta: float, policies: pd.DataFrame, curves: list[
     return figure
 
 
+def title_of_sweep(plain: list[SweepEntry]) -> str:
+    """At which β the rise of the SFT loss is told apart from own belief's: those whose gap's interval excludes zero."""
+    apart = [entry["beta"] for entry in plain if (ci := entry["change_of_loss"]["gap_to_own_belief"]["ci95"])
+             and not ci[0] <= 0 <= ci[1]]  # fmt: skip
+    if not apart:
+        return "The rise of the SFT loss is not told apart from own belief's at any β"
+    return f"The rise of the SFT loss differs from own belief's at β = {', '.join(f'{beta:g}' for beta in apart)}"
+
+
 def draw_sweep(entries: list[SweepEntry]) -> Figure:
     """Predicted and measured changes of loss and reward by RL against beta, from the sweep's entries in theory.json.
 
@@ -553,8 +669,11 @@ def draw_sweep(entries: list[SweepEntry]) -> Figure:
                 capsize=3,
                 label=f"measured{', ' * bool(entry['varied'])}{entry['varied']}",
             )
-        panel.set(xscale="log", xlabel="β, reward per nat of KL", ylabel=f"{name.replace('_', ' ')} by RL")
+        panel.set(xscale="log", xlabel="β, reward per nat of KL", ylabel=CHANGES[name])
+    lowest = min((entry["change_of_loss"]["measured"]["ci95"] or [0.0])[0] for entry in entries)
     panels[0].set_yscale("symlog", linthresh=0.1)
+    panels[0].set_ylim(bottom=min(0.0, 1.2 * lowest))
+    figure.suptitle(title_of_sweep(plain), weight="bold", fontsize=12)
     handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9)
     return figure

@@ -14,6 +14,7 @@ from nondecoupling.analysis.geometry import alignment_sentence, duration_sentenc
 from nondecoupling.analysis.many_answers import cells_table
 from nondecoupling.analysis.measures import auroc, temperature_of_least_loss
 from nondecoupling.analysis.statistics import interval_text, shown
+from nondecoupling.analysis.wording import in_words
 from nondecoupling.study.contracts import ClaimRow, SweepEntry, TheoryFile
 from nondecoupling.study.plan import NAMES, STATES
 from nondecoupling.study.results import Results
@@ -21,17 +22,8 @@ from nondecoupling.study.results import Results
 PAPER_RIGHT = 365, 354  # sentences of CoLA's 527 that are right after RL, and after SFT on top of it
 STATE_COLUMNS = ["sft_loss", "label_mass", "reward_exact", "reward_sampled", "reward_sampled_strict", "reward_greedy"]
 STATE_COLUMNS += ["majority_reward", "accuracy", "balanced_accuracy", "mcc", "predicted_acceptable_rate"]
-POLICY_COLUMNS = {
-    "sft_loss": "SFT loss",
-    "reward_exact": "reward, sampled",
-    "reward_greedy": "reward, greedy",
-    "majority_reward": "majority answer",
-    "majority_share": "says it to",
-    "mcc": "MCC",
-    "auroc": "AUROC",
-    "temperature": "best temperature",
-    "collapsed": "collapsed",
-}
+POLICY_COLUMNS = ["sft_loss", "reward_exact", "reward_greedy", "majority_reward", "majority_share", "mcc", "auroc"]
+POLICY_COLUMNS += ["temperature", "collapsed"]
 
 
 def rows_of(rows: list[ClaimRow], families: str) -> list[ClaimRow]:
@@ -204,8 +196,8 @@ def policies_table(results: Results, *runs: str) -> pd.DataFrame:
     answers = {(run, seed): results.answers_of(run, seed) for run in states.index for seed in results.seeds}
     for name, measure in (("auroc", auroc), ("temperature", temperature_of_least_loss)):
         states[name] = pd.Series({key: measure(table) for key, table in answers.items()}).groupby(level=0).mean()
-    text = states[list(POLICY_COLUMNS)].map(lambda value: value if isinstance(value, str) else f"{value:.3f}")
-    return text.rename(columns=POLICY_COLUMNS, index=NAMES).rename_axis("policy").reset_index()
+    text = states[POLICY_COLUMNS].map(lambda value: value if isinstance(value, str) else f"{value:.3f}")
+    return text.rename(columns=in_words, index=NAMES).rename_axis("policy").reset_index()
 
 
 def finished_controls(results: Results) -> list[str]:

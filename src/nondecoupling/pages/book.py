@@ -39,6 +39,8 @@ SETTINGS = {
     "html_show_copyright": False,
     "html_show_sphinx": False,
 }
+CHAPTER_LINK = r'href="(?:\.\./)+notebooks/(\w+)\.ipynb"'  # of a committed report
+BESIDE = ("figures/*.png", "claims.json", "theory.json")  # to which it links, too
 # What pages link to besides each other: a reader gets a copy of such a file.
 LINKED = ("results", "src", "tests", "CITATION.cff", "Dockerfile")
 # Where pages of the book stand for what the repository has in their places.
@@ -80,7 +82,11 @@ def write_sources(folder: Path) -> None:
     for report in reports:
         name = report.parent.name
         write(folder / REPORTS / f"{name}.md", REPORT_PAGE.format(name=name))
-        write(folder / EXTRA / REPORTS / name / "report.html", report.read_text(encoding="utf-8"))
+        place, text = folder / EXTRA / REPORTS / name, report.read_text(encoding="utf-8")
+        write(place / "report.html", re.sub(CHAPTER_LINK, r'href="../../notebooks/\1.html"', text))
+        for path in (found for pattern in BESIDE for found in report.parent.glob(pattern)):
+            (place / path.relative_to(report.parent)).parent.mkdir(exist_ok=True)
+            shutil.copy(path, place / path.relative_to(report.parent))
     tables = {
         "Chapters": [f"notebooks/{path.stem}" for path in chapters],
         "Results": [f"{REPORTS}/{report.parent.name}" for report in reports],

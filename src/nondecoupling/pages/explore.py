@@ -19,8 +19,10 @@ from ipywidgets import HTML as Words
 from ipywidgets import Box, Dropdown, FloatLogSlider, FloatSlider, Layout, ValueWidget, Widget
 from matplotlib.figure import Figure
 from scipy.special import expit
+from scipy.stats import binomtest
 
 from nondecoupling.analysis import figures, geometry, theory
+from nondecoupling.analysis.claims import SIGNIFICANT
 from nondecoupling.analysis.predictions import label_log_odds
 from nondecoupling.study import folders
 from nondecoupling.study.plan import NAMES, STATES
@@ -420,6 +422,18 @@ def changed_answers(results: Results, before: str, after: str, seed: int | None)
     changed = table[(table["p_before"] > 0.5) != (table["p_after"] > 0.5)]
     right = (changed["p_after"] > 0.5) == (changed["label"] == 1)
     return changed.assign(now=np.where(right, "right", "wrong"))
+
+
+def outcome_of_changes(changed: pd.DataFrame) -> str:
+    """How many answers became right and wrong, and whether sharpness alone would do that: a sign test over answers."""
+    right, wrong = ((changed["now"] == which).sum() for which in ("right", "wrong"))
+    said = f"{right} became right, {wrong} wrong"
+    if not len(changed):
+        return said
+    p = binomtest(int(right), len(changed)).pvalue
+    if p >= SIGNIFICANT:
+        return f"{said}: as a coin would have it (p = {p:.2g})"
+    return f"{said}: no coin's doing (p = {p:.1g}); the stages between did not change sharpness alone"
 
 
 def count_changes(changed: pd.DataFrame) -> pd.DataFrame:

@@ -5,6 +5,8 @@ nothing: figures are inside.
 """
 
 import base64
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,24 @@ from nondecoupling.analysis.tables import (
 )
 from nondecoupling.study import folders
 from nondecoupling.study.contracts import ClaimRow, TheoryFile
-from nondecoupling.study.plan import NAMES, STATES
+from nondecoupling.study.fingerprint import NOTEBOOK_OF, NOTEBOOKS
+from nondecoupling.study.plan import MAKES, NAMES, STATES, SUMMARIES
 from nondecoupling.study.profile import Data
 from nondecoupling.study.results import PROVENANCE, Results, read_results
 from nondecoupling.study.study import Study, changed_settings, load_profile
 
 REPORT = "report.html"
+NUMBER = re.compile(r"-|[+−-]?\d[\d.,]*(e[+−-]?\d+)?%?( \[.*\])?")  # a cell that says a number, or that there is none
+
+
+def minus(text: str) -> str:
+    """``text`` with real minus signs, as wide as a plus sign, before its numbers."""
+    return re.sub(r"(?<![\w.-])-(?=\d)", "−", text)
+
+
+def numeric_columns(rows: list[dict[str, str]]) -> list[str]:
+    """The columns of a table whose cells are all numbers, or missing ones: they are set one below the other."""
+    return [name for name in rows[0] if all(NUMBER.fullmatch(row[name]) for row in rows)]
 
 
 def claim_group(chosen: list[ClaimRow]) -> list[dict[str, Any]]:
@@ -70,6 +84,26 @@ def what_is_repeated(study: Study) -> str:
     if study.run("data").once:
         return "each draws base model and every stage; the sentences are the same for all"
     return "each draws sentences, annotators, base model and every stage"
+
+
+def made_by(results: Results) -> list[str]:
+    """The commands that made the study, without the user's own folders."""
+    study, seeds = results.study, results.seeds
+    span = f"{seeds[0]}-{seeds[-1]}" if seeds == list(range(seeds[0], seeds[-1] + 1)) else ",".join(map(str, seeds))
+    changed = changed_settings(load_profile(study.profile.name), study.profile)
+    words = " ".join(f"{key}={value}" for key, value in changed.items() if not key.endswith("folder"))
+    options = f" PROFILE={study.profile.name} SEEDS={span}" + (f' SET="{words}"' if words else "")
+    measured = {group: [run.name for run in study.runs_of(group) if run.stage != "data"] for group in MAKES}
+    return [MAKES[group] + options for group, runs in measured.items() if runs and results.has(*runs)]
+
+
+def notebooks_beside(results: Results) -> dict[str, str]:
+    """Links from the report to the notebooks that made its numbers, by title: the study's own, else the chapters."""
+    links = {}
+    for summary in SUMMARIES:
+        own, chapter = results.folder / f"{summary}.ipynb", NOTEBOOKS / f"{NOTEBOOK_OF[summary]}.ipynb"
+        links[summary] = own.name if own.exists() else os.path.relpath(chapter, results.folder)
+    return links
 
 
 def disagreement_text(data: Data) -> str:
@@ -116,7 +150,7 @@ def content_of(results: Results) -> dict[str, Any]:
         "repeated": what_is_repeated(study),
         "disagreement": disagreement_text(study.profile.data),
         "answers": answer_sentences(rows),
-        "headline": [row for row in rows if row["id"] in ("A1", "A2", "B1", "B2", "B3", "O1")],
+        "headline": [row | {"note": remarks(row)} for row in rows if row["id"] in ("A1", "A2", "B1", "B2", "B3", "O1")],
         "experiments": claim_group(rows_of(rows, "AB")),
         "own": claim_group(rows_of(rows, "O")),
         "theorems": claim_group(theorems),
@@ -128,6 +162,10 @@ def content_of(results: Results) -> dict[str, Any]:
         "states": states.to_dict("index"),
         "policies": policies_table(results, *STATES),
         "objections": OBJECTIONS,
+        "only_in_table": [row["id"] for row in rows_of(rows, "K") if row not in changes(rows)],
+        "drawn": int(results.trajectories["n"].max()),
+        "made_by": made_by(results),
+        "notebooks": notebooks_beside(results),
         "other_policies": policies_table(results, *others) if others else None,
         "collapsed": [NAMES[run] for run in states.index[states["collapsed"] != "no"]],
         "sweep": sweep_table(theory["sweep"]) if theory and theory["sweep"] else None,
@@ -154,6 +192,8 @@ def render_report(content: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["minus"] = minus
+    environment.filters["numeric_columns"] = numeric_columns
     return environment.get_template("report.html.j2").render(content)
 
 
@@ -168,6 +208,6 @@ def write_report(study: Study) -> Path:
     results = read_results(study, root)
     figures.set_style()
     rows = changes(rows_of(results.read("claims.json"), "ABO"))
-    figures.save_figure(results, figures.draw_claims(rows, "Predicted and measured"), "predictions")
+    figures.save_figure(results, figures.draw_claims(rows), "predictions")
     folders.write_text(root / REPORT, render_report(content_of(results)))
     return root / REPORT

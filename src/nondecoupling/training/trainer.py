@@ -114,7 +114,7 @@ class StageCallback(TrainerCallback):
         self.log.append({"step": state.global_step, **{k: v for k, v in logs.items() if isinstance(v, int | float)}})
         if not self.bar.disable:
             self.bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("loss", "reward") if name in logs})
-        elif state.global_step % max(1, state.max_steps // 5) == 0:
+        elif state.global_step in evaluation_steps(state.max_steps, 6)[1:]:
             left = self.seconds() / state.global_step * (state.max_steps - state.global_step)
             earned = f"  reward {logs['reward']:+.3f}" if "reward" in logs else ""
             print(f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}{earned}  {left:.0f} s left")

@@ -14,7 +14,7 @@ from nondecoupling.study.plan import Group, require_groups, summaries
 from nondecoupling.study.study import FOLDERS, Study, load_study, nearest, parse_overrides, parse_seeds
 from nondecoupling.workflow import graph, notebooks
 from nondecoupling.workflow.carry import is_remote
-from nondecoupling.workflow.executor import alone, commands_of_runs, make_study
+from nondecoupling.workflow.executor import alone, commands_of_runs, make_study, places
 
 STUDIES: dict[str, list[Group]] = {
     "reproduce": ["main"],
@@ -56,8 +56,10 @@ def run_study(args: Arguments) -> None:
         groups = STUDIES[args.action]
         families = "ABOM" + "KJ" * ("controls" in groups) + "G" * ("geometry" in groups)
         print(claims_text(rows_of(folders.read_json(root / "claims.json"), families)))
-        print(f"\nreport:  {root / 'report.html'}\nfigures: {root / 'figures'}\nclaims:  {root / 'claims.json'}")
-    print(f"{time.perf_counter() - start:.0f} s")
+        print(f"\n{places(root)}")
+    minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+    took = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    print(f"done in {took}" + ("" if args.target else "; next: make verify, make lab"))
 
 
 def run_part(args: Arguments) -> None:

@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -93,7 +94,7 @@ def make_study(
         wanted = [part for part in needed_by(goal, parts) if part.name not in (TABLES, REPORT)]
         notebooks = [part for part in stale_parts(root, parts) if part in wanted]
         how = f"by {scheduler}" if carry.is_remote(scheduler) else f"{jobs} at a time"
-        print(f"study '{study.name}': {len(notebooks)} of {len(wanted)} notebooks to execute, {how}", flush=True)
+        print(opening_line(study.name, len(notebooks), len(wanted), how), flush=True)
         mention_gpu(study)
         if scheduler in ("", "local"):
             quiet_environment(study, jobs)  # as in the recipes; those on other machines see to it themselves
@@ -156,15 +157,36 @@ def needed_by(goal: str, parts: list[Part]) -> list[Part]:
     return [part for part in parts if part.target in wanted]
 
 
+def opening_line(study: str, notebooks: int, planned: int, how: str) -> str:
+    """What is about to be done."""
+    return f"study '{study}': {notebooks} of {planned} notebooks to execute, {how}"
+
+
+def progress_line(line: str, done: int, notebooks: int, seconds: float) -> str:
+    """The ``line`` of a finished notebook, numbered; the ``done`` so far have taken ``seconds``.
+
+    What is left is told in whole minutes, as if the others took as long as these.
+    """
+    minutes = seconds * (notebooks - done) / done / 60
+    left = f", about {minutes:.0f} min left" if minutes >= 1 else ""
+    return f"[{done}/{notebooks}] {line} · {100 * done // max(notebooks, done)} % done{left}"
+
+
+def places(root: Path) -> str:
+    """Where the results of the study in ``root`` are to be looked at."""
+    return f"report:  {root / 'report.html'}\nfigures: {root / 'figures'}\nclaims:  {root / 'claims.json'}"
+
+
 def run_make(command: list[str], notebooks: int) -> int:
-    """Run make, number the lines of finished notebooks, e.g. [7/24] ... 29 % done, and return its exit status."""
+    """Run make, number the lines of finished notebooks, and return its exit status."""
+    start = time.perf_counter()
     inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     done = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=inherited) as making:
         for line in making.stdout or []:
             if FINISHED.search(line.rstrip()):
                 done += 1
-                line = f"[{done}/{notebooks}] {line.rstrip()} · {100 * done // max(notebooks, done)} % done\n"
+                line = progress_line(line.rstrip(), done, notebooks, time.perf_counter() - start) + "\n"
             print(line, end="", flush=True)
     return making.returncode
 

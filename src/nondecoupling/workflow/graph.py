@@ -26,6 +26,7 @@ CODE_OF = {
         "analysis/tables.py",
         "analysis/figures.py",
         "analysis/statistics.py",
+        "analysis/wording.py",
     ],
 }
 

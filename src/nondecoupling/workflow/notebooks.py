@@ -73,6 +73,7 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
             parameters,
             kernel_name="python3",
             progress_bar=False,
+            coalesce_streams=True,  # what a cell prints is one output
             cwd=str(NOTEBOOKS),
         )
     except (PapermillExecutionError, DeadKernelError) as error:
@@ -154,7 +155,7 @@ def renew_committed(study: Study) -> None:
             notebook = nbformat.read(path, as_version=4)
             notebook.metadata.pop("widgets", None)  # of the last execution; explore's come anew
             place = {"metadata": {"path": str(NOTEBOOKS)}}
-            NotebookClient(notebook, kernel_name="python3", resources=place).execute()
+            NotebookClient(notebook, kernel_name="python3", resources=place, coalesce_streams=True).execute()
             for cell in notebook.cells:
                 cell.metadata.pop("execution", None)  # times of day, which would make every diff long
             nbformat.write(notebook, path)
