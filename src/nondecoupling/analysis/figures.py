@@ -85,11 +85,13 @@ def draw_mean(axes: Axes, x: float, y: OverSeeds, **style) -> None:
 
 def label_ends(axes: Axes, ends: dict[str, tuple[float, Any]]) -> None:
     """Names of curves at their right ends, from the value and the colour of each; moved apart. Call it last."""
-    free = -np.inf
+    free = -np.inf  # above what is named already
     for text, (value, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
+        half = 0.035 * (1 + text.count("\n"))
         place = axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], value)))[1]
-        free = max(place, free + 0.07)
-        axes.text(1.02, free, text, color=ink(colour), transform=axes.transAxes, va="center", fontsize=9)
+        place = max(place, free + half)
+        free = place + half
+        axes.text(1.02, place, text, color=ink(colour), transform=axes.transAxes, va="center", fontsize=9)
 
 
 def label_points(axes: Axes, points: dict[str, tuple[float, float, Any]]) -> None:
