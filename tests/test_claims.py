@@ -277,9 +277,9 @@ def test_a_policy_that_ranks_worse_in_every_seed_is_found():
 def test_a_collapse_is_noted_with_its_run_and_seeds():
     rows = judge(measured({"rl": {"predicted_acceptable_rate": [0.7, 1, 1], "mcc": [0.6, 0, 0]}}))
     for claim in ("B1", "B2", "B3"):
-        assert rows[claim]["note"] == "collapsed: rl 2/3"
+        assert rows[claim]["note"] == "RL collapsed to one answer in 2 of 3 seeds"
     assert judge(measured({"base": {"predicted_acceptable_rate": 1, "mcc": 0}}))["A2"]["note"] == (
-        f"collapsed: base 3/3; {claims.A2_NOTE}"
+        f"base collapsed to one answer in 3 of 3 seeds; {claims.A2_NOTE}"
     )
     assert rows["A1"]["note"] == ""
 

@@ -39,7 +39,7 @@ from nondecoupling.analysis.statistics import (
     paired_test,
 )
 from nondecoupling.study.contracts import ClaimRow, OverSeeds, TheoryFile, Verdict
-from nondecoupling.study.plan import MAKES, one_per_beta
+from nondecoupling.study.plan import MAKES, NAMES, one_per_beta
 from nondecoupling.study.results import Results, label_log_probabilities, likelier_labels
 
 SIGNIFICANT = 0.05  # largest p, after Holm's correction, of a verdict other than inconclusive
@@ -256,16 +256,16 @@ def judged_family(
 
 
 def collapses(results: Results) -> dict[str, str]:
-    """By run, in how many of its seeds its policy has collapsed ("2/5"); runs without a collapse are left out."""
+    """By run, in how many of its seeds its policy has collapsed ("2 of 5 seeds"); runs without one are left out."""
     metrics = results.final()
     counts = metrics.assign(fallen=is_collapsed(metrics)).groupby("run")["fallen"].agg(["sum", "size"])
-    return {str(run): f"{down}/{n}" for run, down, n in counts.itertuples() if down}
+    return {str(run): f"{down} of {n} seeds" for run, down, n in counts.itertuples() if down}
 
 
 def collapse_note(claim: Claim, fallen: dict[str, str]) -> str:
     """Where the policies of ``claim`` have collapsed; empty if nowhere."""
-    where = [f"{run} {fallen[run]}" for run in (claim.before, claim.after) if run in fallen]
-    return f"collapsed: {', '.join(where)}" if where else ""
+    runs = [run for run in (claim.before, claim.after) if run in fallen]
+    return ", ".join(f"{NAMES.get(run, run)} collapsed to one answer in {fallen[run]}" for run in runs)
 
 
 def compare_sentences(results: Results, seed: int, before: str, after: str) -> dict[str, Any]:

@@ -134,7 +134,8 @@ def findings_table(rows: list[ClaimRow]) -> pd.DataFrame:
             "claim": f"{row['statement'].removeprefix('(ours) ')} ({row['id']})",
             "the paper": "ours" if row["statement"].startswith("(ours)") else row["paper"],
             found: interval_text(row["estimate"], row["ci95"]),
-            "verdict": row["verdict"],
+            "verdict": row["verdict"]
+            + (f" ({remarks(row)})" if row["verdict"] == "inconclusive" and remarks(row) else ""),
         }
         for row in rows
     )
