@@ -1,6 +1,7 @@
 """Four answers: the tilt and C1 by hand, and verdicts of policies that are, or are not, where they should be."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -162,7 +163,6 @@ def test_ranks_of_four_answers_are_means_over_pairs_of_labels():
 def test_what_annotators_say_must_be_known():
     unknown = results()
     columns = [name for name in unknown.answers if name.startswith("share_")]
-    unknown.answers.drop(columns=columns, inplace=True)
-    unknown.answers["agreement"] = np.nan
+    unknown = replace(unknown, answers=unknown.answers.drop(columns=columns).assign(agreement=np.nan))
     with pytest.raises(ValueError, match="what annotators say is not known"):
         many_answers.labels_file(unknown)

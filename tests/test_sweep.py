@@ -37,7 +37,7 @@ def test_every_beta_is_run_for_some_steps_and_for_half_of_them(profile, settings
     study = load_study(profile, overrides=parse_overrides(settings))
     plain = [run for run in study.runs_of("sweep") if run.stage == "rl" and not run.instead]
     whole = [run for run in plain if run.half]
-    if not study.profile.pretrains:
+    if not study.profile.pretrains or len(study.profile.prompt.answers) > 2:
         assert not whole
         return
     assert [run.changes["rl.beta"] for run in whole] == study.profile.sweep.betas
