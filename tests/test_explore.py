@@ -180,7 +180,7 @@ def test_changed_answers_are_counted_by_source(tmp_path):
         "1 became right, 0 wrong: as a coin"
     )
     many = pd.DataFrame({"now": ["right"] * 58 + ["wrong"] * 12})
-    assert explore.outcome_of_changes(many).startswith("58 became right, 12 wrong: no coin's doing (p = 3e-08)")
+    assert explore.outcome_of_changes(many).startswith("58 became right, 12 wrong: no coin's doing (p = 2e-08)")
     assert explore.outcome_of_changes(many.head(0)) == "0 became right, 0 wrong"
     counts = explore.count_changes(changed)
     assert counts.loc["x"].tolist() == [1, 1]

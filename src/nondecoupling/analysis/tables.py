@@ -22,6 +22,7 @@ from nondecoupling.study.results import Results
 PAPER_RIGHT = 365, 354  # sentences of CoLA's 527 that are right after RL, and after SFT on top of it
 STATE_COLUMNS = ["sft_loss", "label_mass", "reward_exact", "reward_sampled", "reward_sampled_strict", "reward_greedy"]
 STATE_COLUMNS += ["majority_reward", "accuracy", "balanced_accuracy", "mcc", "predicted_acceptable_rate"]
+AS_CLAIMED = ("reproduced", "confirmed")
 POLICY_COLUMNS = ["sft_loss", "reward_exact", "reward_greedy", "majority_reward", "majority_share", "mcc", "auroc"]
 POLICY_COLUMNS += ["temperature", "collapsed"]
 
@@ -127,7 +128,7 @@ def outcomes(rows: list[ClaimRow]) -> str:
 
 
 def findings_table(rows: list[ClaimRow]) -> pd.DataFrame:
-    """What the paper says and what was found, in few words."""
+    """What the paper says and what was found, in few words; what is not as claimed with what there is to say of it."""
     found = f"here, {max(row['seeds'] for row in rows)} replications"
     return pd.DataFrame(
         {
@@ -135,7 +136,7 @@ def findings_table(rows: list[ClaimRow]) -> pd.DataFrame:
             "the paper": "ours" if row["statement"].startswith("(ours)") else row["paper"],
             found: interval_text(row["estimate"], row["ci95"]),
             "verdict": row["verdict"]
-            + (f" ({remarks(row)})" if row["verdict"] == "inconclusive" and remarks(row) else ""),
+            + (f" ({remarks(row)})" if row["verdict"] not in AS_CLAIMED and remarks(row) else ""),
         }
         for row in rows
     )

@@ -53,7 +53,8 @@ METRICS = {
 def find_studies() -> dict[str, Results]:
     """All studies that have collected results: those run here by name, committed ones with "(reference)" after it.
 
-    Those of another version are left out, with a line that says so.
+    Those of another version are left out, with a line that says so; and those with more than two answers, whose
+    probabilities are not one number (chapter 13 shows them).
     """
     own, committed = folders.results_root(), folders.REPOSITORY / "results" / "reference"
     found = {path.parent.name: path.parent for path in sorted(own.glob(f"*/{PROVENANCE}"))}
@@ -64,7 +65,7 @@ def find_studies() -> dict[str, Results]:
             studies[name] = read_results(None, folder)
         except (KeyError, ValueError) as error:
             print(f"left out: {error}")
-    return studies
+    return {name: found for name, found in studies.items() if len(found.study.profile.prompt.answers) == 2}
 
 
 def first_shown(studies: dict[str, Results]) -> str:
