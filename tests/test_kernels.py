@@ -249,7 +249,8 @@ def test_a_kernel_ends_with_a_recipe_that_is_killed(server):
 
 
 def test_all_ends_with_a_study_that_is_killed_and_kernels_have_its_threads():
-    with who_asks(OWN_SERVER, OMP_NUM_THREADS="2", MKL_NUM_THREADS="2") as (study, client, kernel, found):
+    alone = {kernels.ADDRESS: "", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    with who_asks(OWN_SERVER, **alone) as (study, client, kernel, found):
         assert found == f"(2, {512.0**3})"
         server = kernel.parent()
         assert server.ppid() == study.pid
