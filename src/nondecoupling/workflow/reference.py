@@ -10,7 +10,7 @@ import pandas as pd
 
 from nondecoupling.analysis import agreement
 from nondecoupling.analysis.tables import claims_text, document_parts, rows_of, seconds_of, verdicts_sentence
-from nondecoupling.pages.report import REPORT, content_of, render_report
+from nondecoupling.pages.report import REPORT, content_of, notebooks_beside, render_report
 from nondecoupling.study import folders, results
 from nondecoupling.study.plan import SUMMARIES
 from nondecoupling.study.results import Results, read_results
@@ -116,8 +116,10 @@ def publish_reference(found: Results, rules: pd.DataFrame, reference: Path) -> N
     for name in (*(f"{summary}.json" for summary in SUMMARIES), "score.json"):
         if (found.folder / name).exists():
             shutil.copy(found.folder / name, reference / name)
-    # A reference's report does not compare it with the one before it.
-    folders.write_text(reference / REPORT, render_report(content_of(found) | {"agreement": None}))
+    # A reference's report does not compare it with the one before it, and links to the chapters.
+    content = content_of(replace(found, provenance=provenance))
+    beside = {"agreement": None, "notebooks": notebooks_beside(replace(found, folder=reference))}
+    folders.write_text(reference / REPORT, render_report(content | beside))
     for path in (found.folder / "figures").glob("*.png"):
         shutil.copy(path, reference / "figures" / path.name)
     rules.to_csv(reference / "rules.csv", index=False)
