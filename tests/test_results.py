@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from pydantic import TypeAdapter
 
-from nondecoupling.analysis import claims, controls, geometry, measures
+from nondecoupling.analysis import claims, controls, geometry, many_answers, measures
 from nondecoupling.study import contracts, folders, results
 from nondecoupling.study.study import load_study
 
@@ -247,8 +247,8 @@ def test_committed_runs_are_beside_their_own_parents(reference):
         assert list(entry["parents"]) == study.run(name).parents
 
 
-def test_committed_bases_are_alike_and_know_what_they_were_taught(reference):
-    found = results.read_results(None, reference)
+def test_committed_bases_of_the_main_study_are_alike_and_know_what_they_were_taught():
+    found = results.read_results(None, folders.REPOSITORY / "results" / "reference" / "nano")
     base = found.final("base")
     for metric, width in (("sft_loss", 0.05), ("balanced_accuracy", 0.04)):
         assert (base[metric] - base[metric].mean()).abs().max() <= width
@@ -272,6 +272,8 @@ def test_committed_claims_follow_from_the_committed_tables(reference):
         rows += geometry.judge_geometry(found, geometry.changes_by_start(found))
     else:
         rows += geometry.geometry_not_run(found.study)
+    if found.read("labels.json"):
+        rows += many_answers.judge(many_answers.by_sentence(found))
     assert [row["id"] for row in rows] == [row["id"] for row in stored]
     for fresh, old in zip(rows, stored, strict=True):
         for key, value in fresh.items():
