@@ -1,5 +1,7 @@
 """The sources of the book: what is in it, and what stops its being built."""
 
+import re
+
 import pytest
 
 from nondecoupling.pages import book
@@ -35,6 +37,15 @@ def test_everything_is_in_the_contents_and_links_lead_to_pages(home, tmp_path):
     assert '<a href="../../notebooks/1.html">' in (report / "report.html").read_text()
     assert (report / "claims.json").exists()
     assert (report / "figures" / "a.png").exists()
+
+
+def test_committed_reports_are_beside_what_they_link_to(tmp_path):
+    book.write_sources(tmp_path)
+    pages = sorted(tmp_path.glob("extra/reports/*/report.html"))
+    assert len(pages) >= 3
+    for page in pages:
+        linked = re.findall(r'href="(?!https?:|#|data:|\.\./\.\./notebooks/)([^"]+)"', page.read_text(encoding="utf-8"))
+        assert [target for target in linked if not (page.parent / target.partition("#")[0]).exists()] == []
 
 
 def test_a_link_to_nothing_is_named_and_what_was_built_is_kept(home, tmp_path):

@@ -11,6 +11,7 @@ from scipy.special import expit, logit
 
 from nondecoupling.analysis import sweep, theory
 from nondecoupling.study.contracts import Crossing, SweepEntry
+from nondecoupling.study.plan import has_two_answers
 from nondecoupling.study.study import PROFILES, changed_settings, load_study, parse_overrides
 from tables import SEEDS, is_a, metrics_of, policy, results_of
 
@@ -37,7 +38,7 @@ def test_every_beta_is_run_for_some_steps_and_for_half_of_them(profile, settings
     study = load_study(profile, overrides=parse_overrides(settings))
     plain = [run for run in study.runs_of("sweep") if run.stage == "rl" and not run.instead]
     whole = [run for run in plain if run.half]
-    if not study.profile.pretrains or len(study.profile.prompt.answers) > 2:
+    if not study.profile.pretrains or not has_two_answers(study.profile):
         assert not whole
         return
     assert [run.changes["rl.beta"] for run in whole] == study.profile.sweep.betas

@@ -6,7 +6,7 @@ answers that are both wrong. Losses are in expectation over annotators, nats ove
 
 **Rules** (written before any reported replication was run). M1 and M2 are amounts, judged as T2 is: confirmed if the
 whole 95 % interval of measured minus predicted is within a quarter of the prediction (at least 0.01 nats), refuted if
-it is wholly beyond. M3, M4 and M5 are claims about a sign. Holm's correction is over the five.
+it is wholly beyond. M3, M4 and M5 are claims about a sign, with Holm's correction over these three, which have a p.
 """
 
 from collections.abc import Iterator

@@ -40,7 +40,7 @@ SETTINGS = {
     "html_show_sphinx": False,
 }
 CHAPTER_LINK = r'href="(?:\.\./)+notebooks/(\w+)\.ipynb"'  # of a committed report
-BESIDE = ("figures/*.png", "claims.json", "theory.json")  # to which it links, too
+BESIDE = ("figures/*.png", "*.json")  # to which it links, too
 # What pages link to besides each other: a reader gets a copy of such a file.
 LINKED = ("results", "src", "tests", "CITATION.cff", "Dockerfile")
 # Where pages of the book stand for what the repository has in their places.

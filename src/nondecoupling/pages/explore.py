@@ -25,7 +25,7 @@ from nondecoupling.analysis import figures, geometry, theory
 from nondecoupling.analysis.claims import SIGNIFICANT
 from nondecoupling.analysis.predictions import label_log_odds
 from nondecoupling.study import folders
-from nondecoupling.study.plan import NAMES, STATES
+from nondecoupling.study.plan import NAMES, STATES, has_two_answers
 from nondecoupling.study.results import PROVENANCE, Results, read_results
 from nondecoupling.task import grammar
 
@@ -65,7 +65,7 @@ def find_studies() -> dict[str, Results]:
             studies[name] = read_results(None, folder)
         except (KeyError, ValueError) as error:
             print(f"left out: {error}")
-    return {name: found for name, found in studies.items() if len(found.study.profile.prompt.answers) == 2}
+    return {name: found for name, found in studies.items() if has_two_answers(found.study.profile)}
 
 
 def first_shown(studies: dict[str, Results]) -> str:
