@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from nondecoupling.analysis import figures
 from nondecoupling.pages import book, report
 from nondecoupling.study import folders
 from nondecoupling.study.study import load_study
@@ -107,6 +108,7 @@ def report_file(tmp_path, monkeypatch):
     monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
     study = load_study("nano")
     root = shutil.copytree(folders.reference_folder(study), tmp_path / study.name)
+    (root / "figures" / figures.PORTRAIT).mkdir()
     for path in (root / "figures").glob("*.png"):
         picture = base64.b64encode(path.read_bytes()).decode()
         width, height = struct.unpack(">II", path.read_bytes()[16:24])
@@ -114,6 +116,8 @@ def report_file(tmp_path, monkeypatch):
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">'
             f'<image width="{width}" height="{height}" href="data:image/png;base64,{picture}"/></svg>'
         )
+        tall = '<svg xmlns="http://www.w3.org/2000/svg" width="331" height="700"/>'
+        (path.parent / figures.PORTRAIT / path.with_suffix(".svg").name).write_text(tall)
     return report.write_report(study)
 
 
@@ -145,7 +149,16 @@ def test_report_fits_window_and_scheme(browser, report_file, name, width, scheme
     assert card == 3 * 255  # figures stay on white
 
 
+def test_a_phone_gets_figures_that_are_higher_than_wide(browser, report_file):
+    look_like(browser, 390, "light")
+    browser.get(report_file.as_uri())
+    shapes = browser.execute_script("return [...document.images].map(image => [image.width, image.height])")
+    assert len(shapes) == len(list((report_file.parent / "figures").glob("*.svg")))
+    assert all(300 < width < min(height, 390) for width, height in shapes)  # and nothing to swipe
+
+
 def test_report_prints_whole(browser, report_file):
+    look_like(browser, 1200, "light")
     browser.get(report_file.as_uri())
     printed = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {})["data"])
     SCREENSHOTS.mkdir(exist_ok=True)

@@ -202,3 +202,25 @@ def test_the_plane_names_every_policy_beside_it():
     assert {"base", "SFT", "SFT → RL", "RL", "RL → SFT", "majority answer"} <= {text.get_text() for text in axes.texts}
     assert "comes last decides" in axes.get_title(loc="left")
     assert axes.get_legend() is None
+
+
+def test_a_portrait_has_its_panels_below_each_other_and_is_as_wide_as_a_phone():
+    wide = experiments({"A1": "reproduced", "B2": "reproduced", "B3": "inconclusive"})
+    rows = [
+        {"id": name, "statement": "RL after SFT raises the loss more than as many further SFT steps", "margin": None,
+         "quantity": quantity, "estimate": 0.2, "ci95": [0.1, 0.3], "predicted": 0.1, "predicted_from_policies": 0.15}
+        for name, quantity in (("A1", "sft_loss: sft-rl - sft"), ("B1", "reward_exact: rl-sft - rl"))
+    ]  # fmt: skip
+    for figure in (wide, figures.draw_claims(rows)):
+        before = figure.get_size_inches().tolist(), [axes.get_position().bounds for axes in figure.axes]
+        tall = figures.portrait(figure)
+        tall.canvas.draw()
+        box = tall.get_tightbbox(tall.canvas.get_renderer())
+        assert box.width < 1.05 * figures.PORTRAIT_WIDTH  # with every name and legend
+        upper, lower = (axes.get_window_extent() for axes in tall.axes)
+        assert lower.y1 < upper.y0
+        assert (lower.x0, lower.x1) == pytest.approx((upper.x0, upper.x1))
+        assert upper.width > 0.3 * tall.bbox.width  # names have not pushed the data out
+        names = [label.get_window_extent() for label in tall.axes[0].get_yticklabels() if label.get_text()]
+        assert not any(one.overlaps(other) for one, other in zip(names, names[1:], strict=False))
+        assert before == (figure.get_size_inches().tolist(), [axes.get_position().bounds for axes in figure.axes])

@@ -131,7 +131,7 @@ def test_the_table_has_a_block_for_each_cell_and_its_numbers():
 def test_the_figure_says_what_was_found():
     good, bad = (many_answers.labels_file(results(rl=rl)) for rl in (None, SHARES))
     titles = [many_answers.draw_sharpening(content).axes[0].get_title(loc="left") for content in (good, bad)]
-    assert titles[0].startswith("SFT ends where annotators are")
+    assert titles[0].startswith("SFT ends nearer annotators' shares")
     assert titles[1].startswith("Annotators, their tilt")
     left, right = many_answers.draw_sharpening(good).axes
     assert len(left.lines) == 3 * 8 + 1  # SFT, ideal and RL of each answer of each cell, and the diagonal

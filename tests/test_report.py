@@ -40,8 +40,10 @@ def finished(tmp_path, monkeypatch):
     def copy(name: str):
         monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
         root = shutil.copytree(REFERENCES / name, tmp_path / name, ignore=shutil.ignore_patterns("seed*", "base"))
+        (root / "figures" / figures.PORTRAIT).mkdir()
         for path in (root / "figures").glob("*.png"):
-            path.with_suffix(".svg").write_text(IMAGE)
+            for folder in (path.parent, path.parent / figures.PORTRAIT):
+                (folder / path.with_suffix(".svg").name).write_text(IMAGE)
         return read_results(None, root)
 
     return copy
@@ -217,8 +219,10 @@ def test_same_numbers_give_the_same_figures_and_the_reference_none(tmp_path, mon
         folder = folders.study_folder(load_study("nano"))
         folder.mkdir(parents=True)
         figures.save_figure(results_of(load_study("nano"), folder=folder), figures.draw_claims(rows), "claims")
-        files.append({path.name: path.read_bytes() for path in (folder / "figures").iterdir()})
-    assert set(files[0]) == {"claims.png", "claims.svg", "claims.pdf"}
+        made = [path for path in (folder / "figures").rglob("*.*")]
+        files.append({str(path.relative_to(folder)): path.read_bytes() for path in made})
+    names = {"claims.png", "claims.svg", "claims.pdf", f"{figures.PORTRAIT}/claims.svg"}
+    assert set(files[0]) == {f"figures/{name}" for name in names}
     assert files[0] == files[1]
     committed = results_of(load_study("nano"), folder=tmp_path)
     figures.save_figure(committed, figures.draw_claims(rows), "claims")

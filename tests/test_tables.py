@@ -173,8 +173,7 @@ def test_who_pays_and_the_crossing_are_said_with_their_numbers():
     assert "by +0.330 [+0.230, +0.430] nats where 25% of the annotators disagree (own belief +0.390)" in who
     assert "and by -0.010 [-0.110, +0.090] nats where 2% of the annotators disagree (own belief +0.040)." in who
     assert where == (
-        "As β falls, RL after SFT comes to end above the base's SFT loss at β* = 0.60 [0.40, 0.90], in 2 of 3 "
-        "replications."
+        "As β falls, RL after SFT comes to end above the base's SFT loss at β* = 0.60 [0.40, 0.90], in 2 of 3 seeds."
     )
     assert tables.theory_sentences({"who_pays": [], "uninformed": None, "crossing": None}) == []
     nowhere = {"measured": None, "by_seed": [None, None]}
@@ -213,13 +212,13 @@ def timed(found, seconds, gpu=None):
 def test_the_cost_of_a_replication_is_a_mean_by_group_of_what_was_run():
     found, main = results_of(load_study("nano")), {"base": [30, 60, 90], "rl-sft": 2.4}
     assert tables.cost_sentence(timed(found, main)) == (
-        "On one core (a CPU) a replication took 62 s for both experiments, besides the start of each notebook "
+        "On one core (a CPU) a seed took 62 s for both experiments, besides the start of each notebook "
         "(mean of 3); a run took at most 0.5 GiB."
     )
-    assert "a replication took 20 minutes for both" in tables.cost_sentence(timed(found, {"base": 1200}))
+    assert "a seed took 20 minutes for both" in tables.cost_sentence(timed(found, {"base": 1200}))
     everything = main | {"sft-sft": 5, "joint-m0.2": 6, "sft-rl-b5": 7, "sft-rl-b5-half": [8, 8, 11]}
     assert tables.cost_sentence(timed(found, everything, gpu="a GPU")).startswith(
-        "On a GPU a replication took 62 s for both experiments, 11 s for controls and joint training, 16 s for other "
+        "On a GPU a seed took 62 s for both experiments, 11 s for controls and joint training, 16 s for other "
         "betas, besides"
     )
 
@@ -241,6 +240,8 @@ def test_verdicts_of_two_studies_stand_side_by_side():
         "Side by side: A1 and B1 reproduced in both; A2 reproduced in `nano`, not reproduced in `laptop`; "
         "O3 inconclusive in both."
     )
+    of_three = tables.verdicts_sentence(studies | {"four": studies["nano"]})
+    assert "A1 and B1 reproduced in all 3; A2 reproduced in `nano` and `four`, not reproduced in `laptop`;" in of_three
 
 
 def test_runs_that_did_not_finish_and_policies_that_collapsed_are_counted():
@@ -267,7 +268,7 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     found = tables.markdown_table(tables.findings_table(rows))  # of the paper's claims and ours beside them alone
     assert without["nano, findings"] == found
     assert "| RL after SFT raises the SFT loss (A1) | rises sharply | +0.150 [+0.100, +0.200] | reproduced |" in found
-    assert "| claim | the paper | here, 3 replications | verdict |" in found
+    assert "| claim | the paper | here, 3 seeds | verdict |" in found
     assert "took 10 s" in without["nano, cost"]
     assert "| A1: RL after SFT raises the SFT loss | rises sharply | +0.200 |" in without["nano"]
     assert "| SFT → RL | 0.560 |" in without["nano"]

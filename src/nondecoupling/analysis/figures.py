@@ -1,6 +1,8 @@
 """One function per figure, in seaborn's colour-blind palette; reference lines are labelled in place."""
 
 import colorsys
+import pickle
+import textwrap
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -11,6 +13,7 @@ from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import ArrayLike
 from statsmodels.stats.proportion import proportion_confint
 
@@ -24,6 +27,9 @@ from nondecoupling.study.results import Results
 
 COLOURS = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)), strict=True))
 CHANGES = {"change_of_loss": "rise of the SFT loss by RL, nats", "change_of_reward": "gain of reward by RL"}
+PORTRAIT = "portrait"  # the folder, beside a figure, of its copy for a phone
+PORTRAIT_WIDTH, LINE = 4.6, 40  # inches and letters: text of 9 points is ten pixels high on a screen 358 pixels wide
+BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}  # legends under axes
 LABEL_GAP = 0.05  # of the height of the axes
 MIXED = {"interleaved": "by turns"} | {f"joint-m{weight}": f"joint, μ = {weight}" for weight in WEIGHTS}
 MEASURED, OWN, PERFECT = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[2], "0.55"
@@ -52,17 +58,55 @@ def said_by(figure: Figure) -> str:
     return ". ".join(dict.fromkeys(" ".join(words.split()) for words in said if words))
 
 
+def portrait(figure: Figure) -> Figure:
+    """A copy of ``figure`` for a phone: panels side by side come below each other, and long words go on in a new line.
+
+    Close it when it is saved: pyplot would show it.
+    """
+    tall: Figure = pickle.loads(pickle.dumps(figure))
+    panels, (_, height) = tall.axes, figure.get_size_inches()
+    rows, columns = panels[0].get_gridspec().get_geometry()
+    if columns > rows:
+        grid = tall.add_gridspec(columns, rows)
+        for place, axes in enumerate(panels):
+            axes.set_subplotspec(grid[place % columns, place // columns])
+            axes.tick_params(labelleft=True, labelbottom=True)
+        height *= columns / rows
+    tall.set_layout_engine("constrained")
+    legends = [(tall, legend) for legend in tall.legends] + [(axes, axes.get_legend()) for axes in panels]
+    for owner, legend in legends:
+        if legend:
+            below: dict[str, Any] = {"loc": "outside lower center"} if owner is tall else BELOW
+            words = [text.get_text() for text in legend.get_texts()]
+            legend.remove()
+            owner.legend(legend.legend_handles, words, fontsize=9, frameon=False, **below)
+    for text in tall.findobj(Text):
+        if len(words := text.get_text()) > LINE and "\n" not in words:
+            text.set_text(textwrap.fill(words, LINE))
+    for axes in panels:
+        axes.tick_params(labelsize=9)
+        names = [textwrap.fill(label.get_text(), LINE // 2 + 4) for label in axes.get_yticklabels()]
+        if any("\n" in name for name in names):
+            axes.set_yticks(axes.get_yticks(), names)
+            height += 0.3 * len(names)
+    tall.set_size_inches(PORTRAIT_WIDTH, height)
+    return tall
+
+
 def save_figure(results: Results, figure: Figure, name: str) -> None:
-    """Write ``figure`` beside the study's own tables as PNG, SVG and PDF; the reference is left alone.
+    """Write ``figure`` beside the study's own tables as PNG, SVG and PDF, and for a phone; the reference is left alone.
 
     The same numbers give the same files, so there are no times in them.
     """
     if not results.own:
         return
     folder = results.folder / "figures"
-    folder.mkdir(exist_ok=True)
+    (folder / PORTRAIT).mkdir(parents=True, exist_ok=True)
     for ending, undated in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
         figure.savefig(folder / f"{name}.{ending}", bbox_inches="tight", dpi=150, metadata=undated)
+    tall = portrait(figure)
+    tall.savefig(folder / PORTRAIT / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(tall)
 
 
 def ink(colour: Any) -> Any:
@@ -127,7 +171,7 @@ def title_of_story(loss: pd.Series) -> str:
 
 def legend_below(axes: Axes, columns: int) -> None:
     """A legend under the axes, where it covers nothing whatever the numbers are."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=columns, fontsize=9, frameon=False)
+    axes.legend(ncols=columns, fontsize=9, frameon=False, **BELOW)
 
 
 def label_levels(axes: Axes, levels: dict[str, float]) -> None:

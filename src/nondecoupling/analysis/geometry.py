@@ -390,7 +390,7 @@ def threshold_sentence(content: GeometryFile) -> str:
         ends = f"{shown(points[0]['measured'])} from the base, {shown(points[-1]['measured'])} from the end of SFT"
         turn = "does not turn"
         if zero["measured"]:
-            of_all = f"{zero['turning']} of {content['claims'][0]['seeds']} replications"
+            of_all = f"{zero['turning']} of {content['claims'][0]['seeds']} seeds"
             turn = f"turns at L - L* = {shown(zero['measured'], '.3f')} in {of_all}"
         known = f" (refitted belief: {shown(zero['refitted_belief'], '.3f')})" if zero["refitted_belief"] else ""
         parts.append(f"* β = {zero['beta']:g}: RL changes the SFT loss by {ends}; its sign {turn}{known}.")

@@ -17,6 +17,7 @@ from nondecoupling.analysis.figures import (
     draw_mean,
     label_ends,
     label_points,
+    legend_below,
     title_of_story,
 )
 from nondecoupling.analysis.geometry import FREE, PATHS, mean_path
@@ -106,13 +107,13 @@ def draw_threshold(threshold: Threshold) -> Figure:
             textcoords="offset points",
             ha="center",
             va="top",
+            rotation=90,
             fontsize=8,
             color="0.35",
         )
-    axes.tick_params(axis="x", pad=14)
+    axes.tick_params(axis="x", pad=30)
     axes.set_title(title_of_threshold(threshold), loc="left", weight="bold", fontsize=11, pad=20)
-    axes.text(0, 1.01, "line: measured, 95 % intervals; dashed: predicted by refitted belief", fontsize=9, color="0.35",
-              transform=axes.transAxes)  # fmt: skip
+    axes.text(0, 1.01, "dashed: predicted by refitted belief", fontsize=9, color="0.35", transform=axes.transAxes)
     axes.set(xlabel="L - L* where RL begins, nats (SFT goes to the right)", ylabel="change of the SFT loss by RL, nats")
     label_ends(axes, ends)
     return figure
@@ -156,7 +157,7 @@ def draw_alignment(policies: list[PolicyGeometry]) -> Figure:
     left.set_yticks(range(len(policies)), [words.get(policy["policy"], policy["policy"]) for policy in policies])
     left.set_ylim(len(policies) - 0.5, -0.5)
     for axes in (left, right):
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, fontsize=9)
+        legend_below(axes, 2)
     return figure
 
 

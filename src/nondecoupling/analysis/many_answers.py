@@ -193,7 +193,7 @@ def title_of(rows: list[ClaimRow]) -> str:
     """What the figure shows, by the verdicts of M3 and M4."""
     held = [row["verdict"] == "confirmed" for row in rows if row["id"] in ("M3", "M4")]
     if all(held):
-        return "SFT ends where annotators are, RL at their tilt"
+        return "SFT ends nearer annotators' shares, RL nearer their tilt"
     return "Annotators, their tilt, and where SFT and RL end"
 
 

@@ -1,6 +1,7 @@
 """Rows and metrics as tables for reading: in notebooks, on the report and in the README."""
 
 import textwrap
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -129,7 +130,7 @@ def outcomes(rows: list[ClaimRow]) -> str:
 
 def findings_table(rows: list[ClaimRow]) -> pd.DataFrame:
     """What the paper says and what was found, in few words; what is not as claimed with what there is to say of it."""
-    found = f"here, {max(row['seeds'] for row in rows)} replications"
+    found = f"here, {max(row['seeds'] for row in rows)} seeds"
     return pd.DataFrame(
         {
             "claim": f"{row['statement'].removeprefix('(ours) ')} ({row['id']})",
@@ -261,7 +262,7 @@ def theory_sentences(content: TheoryFile) -> list[str]:
         crossed = sum(beta is not None for beta in crossing["by_seed"])
         found.append(
             f"As β falls, RL after SFT comes to end above the base's SFT loss at β* = "
-            f"{shown(crossing['measured'], '.2f')}, in {crossed} of {len(crossing['by_seed'])} replications."
+            f"{shown(crossing['measured'], '.2f')}, in {crossed} of {len(crossing['by_seed'])} seeds."
         )
     return found
 
@@ -273,7 +274,7 @@ def seconds_of(costs: pd.DataFrame) -> pd.Series:
 
 
 def cost_sentence(results: Results) -> str:
-    """How long a replication takes, by group of the plan, and on what: mean over replications of one core's time.
+    """How long a seed takes, by group of the plan, and on what: mean over seeds of one core's time.
 
     And the most memory that one of the runs took.
     """
@@ -292,7 +293,7 @@ def cost_sentence(results: Results) -> str:
             mean = total / len(results.seeds)
             parts.append(f"{mean:.0f} s for {what}" if mean < 600 else f"{mean / 60:.0f} minutes for {what}")
     machine = shared["gpu"] or f"one core ({shared['cpu'].partition(',')[0]})"
-    took = f"On {machine} a replication took {', '.join(parts)}, besides the start of each notebook"
+    took = f"On {machine} a seed took {', '.join(parts)}, besides the start of each notebook"
     memory = results.costs["peak_memory_bytes"].max() / 2**30
     return f"{took} (mean of {len(results.seeds)}); a run took at most {memory:.1f} GiB."
 
@@ -318,12 +319,18 @@ def verdicts_sentence(studies: dict[str, list[ClaimRow]]) -> str:
     verdicts = verdicts[verdicts.index.str[0].isin(list("ABO"))].dropna()
     parts = []
     for found, of in verdicts.groupby(list(verdicts), sort=False).groups.items():
-        *before, last = of
-        ids = f"{', '.join(before)} and {last}" if before else last
+        ids = enumerated(of)
+        names = pd.Series([f"`{name}`" for name in verdicts]).groupby(list(found), sort=False).agg(enumerated)
         everywhere = f"{found[0]} in {'both' if len(found) == 2 else f'all {len(found)}'}"
-        apart = ", ".join(f"{verdict} in `{name}`" for name, verdict in zip(verdicts, found, strict=True))
-        parts.append(f"{ids} {everywhere if len(set(found)) == 1 else apart}")
+        apart = ", ".join(f"{verdict} in {where}" for verdict, where in names.items())
+        parts.append(f"{ids} {everywhere if len(names) == 1 else apart}")
     return f"Side by side: {'; '.join(parts)}."
+
+
+def enumerated(words: Iterable[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    *before, last = words
+    return f"{', '.join(before)} and {last}" if before else last
 
 
 # Tables in documents

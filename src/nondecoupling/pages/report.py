@@ -114,9 +114,12 @@ def disagreement_text(data: Data) -> str:
     return f"{100 * min(rates.values()):g} to {100 * max(rates.values()):g} %, by phenomenon,"
 
 
-def as_image(path: Path) -> str:
-    """An SVG file as a data URI."""
-    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+def images_in(folder: Path) -> dict[str, str]:
+    """The SVG files of ``folder`` as data URIs, by name."""
+    return {
+        path.stem: f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        for path in sorted(folder.glob("*.svg"))
+    }
 
 
 def agreement_sentence(results: Results) -> str | None:
@@ -169,7 +172,8 @@ def content_of(results: Results) -> dict[str, Any]:
         "other_policies": policies_table(results, *others) if others else None,
         "collapsed": [NAMES[run] for run in states.index[states["collapsed"] != "no"]],
         "sweep": sweep_table(theory["sweep"]) if theory and theory["sweep"] else None,
-        "figures": {path.stem: as_image(path) for path in sorted((results.folder / "figures").glob("*.svg"))},
+        "figures": images_in(results.folder / "figures"),
+        "portraits": images_in(results.folder / "figures" / figures.PORTRAIT),
         "data": results.provenance["data"],
         "machines": [", ".join(filter(None, machine)) for machine in sorted(machines, key=str)],
         "minutes": seconds_of(results.costs).sum() / 60,
