@@ -99,6 +99,14 @@ def test_controls_offer_what_the_chosen_study_has(nano, mine):
     assert (bar.replication.value, bar.replication.index) == (None, 0)
 
 
+def test_reset_puts_the_bar_back(nano, mine):
+    bar = explore.control_bar({"nano": nano, "mine": explore.find_studies()["mine"]})
+    button, first = explore.reset_button(bar), [control.value for control in bar]
+    bar.study.value, bar.replication.value, bar.disagreement.value, bar.beta.value = "mine", 2, 0.3, 2.0
+    button.click()
+    assert [control.value for control in bar] == first
+
+
 def test_only_what_was_trained_has_a_trajectory(nano):
     assert explore.trained_in(nano)[:4] == STATES[1:]
     assert "base" not in explore.trained_in(nano)

@@ -65,7 +65,7 @@ def portrait(figure: Figure) -> Figure:
     """
     tall: Figure = pickle.loads(pickle.dumps(figure))
     panels, (_, height) = tall.axes, figure.get_size_inches()
-    rows, columns = panels[0].get_gridspec().get_geometry()
+    rows, columns = panels[0].get_gridspec().get_geometry()  # type: ignore[union-attr]
     if columns > rows:
         grid = tall.add_gridspec(columns, rows)
         for place, axes in enumerate(panels):
@@ -77,12 +77,12 @@ def portrait(figure: Figure) -> Figure:
     for owner, legend in legends:
         if legend:
             below: dict[str, Any] = {"loc": "outside lower center"} if owner is tall else BELOW
-            words = [text.get_text() for text in legend.get_texts()]
+            marks: list[Any] = legend.legend_handles
             legend.remove()
-            owner.legend(legend.legend_handles, words, fontsize=9, frameon=False, **below)
+            owner.legend(marks, [text.get_text() for text in legend.get_texts()], fontsize=9, frameon=False, **below)
     for text in tall.findobj(Text):
-        if len(words := text.get_text()) > LINE and "\n" not in words:
-            text.set_text(textwrap.fill(words, LINE))
+        if len(words := text.get_text()) > LINE and "\n" not in words:  # type: ignore[attr-defined]
+            text.set_text(textwrap.fill(words, LINE))  # type: ignore[attr-defined]
     for axes in panels:
         axes.tick_params(labelsize=9)
         names = [textwrap.fill(label.get_text(), LINE // 2 + 4) for label in axes.get_yticklabels()]

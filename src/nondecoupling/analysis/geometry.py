@@ -129,6 +129,11 @@ def mean_path(results: Results, path: str, seed: int) -> pd.DataFrame:
     return mean.assign(**{column: mean[column] - start[column] for column in changes})
 
 
+def while_rising(path: pd.DataFrame) -> pd.DataFrame:
+    """The first part of a path, over which its second order says that the reward still rises."""
+    return path.iloc[: int(path["reward_second"].to_numpy().argmax()) + 1]
+
+
 def value_at(path: pd.DataFrame, column: str, by: str, level: float) -> float:
     """``column`` of a path where ``by`` first reaches ``level``, by interpolation; its last value if it never does."""
     reached = np.flatnonzero(path[by].to_numpy() >= level)

@@ -20,7 +20,7 @@ from nondecoupling.analysis.figures import (
     legend_below,
     title_of_story,
 )
-from nondecoupling.analysis.geometry import FREE, PATHS, mean_path
+from nondecoupling.analysis.geometry import FREE, PATHS, mean_path, while_rising
 from nondecoupling.analysis.measures import temperature_curve
 from nondecoupling.analysis.predictions import (
     FRONTIER_BETAS,
@@ -53,8 +53,7 @@ def draw_duration(duration: Duration) -> Figure:
         rows = points[points["path"] == path]
         axes.plot(rows["reward"], rows["loss"], color=colour, marker=mark, markersize=4, linewidth=2)
         ends[PATHS[path]] = rows["loss"].iloc[-1], colour
-    plain = points[points["path"] == "plain"]
-    rising = plain.iloc[: int(plain["reward_second"].to_numpy().argmax()) + 1]  # beyond it, it says that reward falls
+    rising = while_rising(points[points["path"] == "plain"])
     axes.plot(rising["reward_second"], rising["loss_second"], "--", color="0.35")
     axes.annotate(
         "second order",

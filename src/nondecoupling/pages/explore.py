@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML, display
 from ipywidgets import HTML as Words
-from ipywidgets import Box, Dropdown, FloatLogSlider, FloatSlider, Layout, ValueWidget, Widget
+from ipywidgets import Box, Button, Dropdown, FloatLogSlider, FloatSlider, Layout, ValueWidget, Widget
 from matplotlib.figure import Figure
 from scipy.special import expit
 from scipy.stats import binomtest
@@ -150,11 +150,23 @@ def show_controls(words: str, *controls: Widget) -> None:
     display(box._repr_mimebundle_() | {"text/plain": words}, raw=True)
 
 
+def reset_button(bar: Bar) -> Button:
+    """A button that puts the bar's controls back to where they are now."""
+    button, first = Button(description="reset", layout=Layout(width="auto")), [control.value for control in bar]
+
+    def reset(_: Any) -> None:
+        for control, value in zip(bar, first, strict=True):
+            control.value = value
+
+    button.on_click(reset)
+    return button
+
+
 def show_bar(bar: Bar) -> None:
     """Display the bar, which stays in view."""
     words = Words(STAYS)
     words.add_class("nondecoupling-bar")
-    show_controls("(controls: study, replication, disagreement, β)", *bar, words)
+    show_controls("(controls: study, replication, disagreement, β, reset)", *bar, reset_button(bar), words)
 
 
 def show_live(draw: Callable[..., Any], **controls: ValueWidget) -> None:
@@ -275,7 +287,7 @@ def draw_stopped(results: Results, seed: int | None, share: float) -> Figure:
     path = pd.concat(paths).groupby(level=0).mean()
     figure, axes = plt.subplots(figsize=(8, 4.2))
     axes.plot(path["reward"], path["loss"], color=figures.COLOURS["sft-rl"], linewidth=2.4, label="measured")
-    rising = path.iloc[: int(path["reward_second"].to_numpy().argmax()) + 1]
+    rising = geometry.while_rising(path)
     axes.plot(rising["reward_second"], rising["loss_second"], "--", color="0.4", label="as the SFT policy predicts it")
     here = {name: float(np.interp(share * path.index.max(), path.index, path[name])) for name in ("reward", "loss")}
     axes.plot(here["reward"], here["loss"], "o", color="black", markersize=9, clip_on=False)
