@@ -69,6 +69,38 @@ def reference(tmp_path_factory):
     return folder
 
 
+def handed_trainer(rloo, model, reward, folder, told, **known):
+    """trl's own trainer, which takes its answers from a list instead of sampling them; the trainer and that list."""
+    handed: list[list[int]] = []
+
+    class HandedRLOOTrainer(RLOOTrainer):
+        def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+            return handed
+
+        def _tokenize_prompts(self, prompts):
+            return [QUESTION] * len(prompts), None, {}
+
+    def hand_over(prompts, trainer):
+        return {"prompt_ids": [QUESTION] * len(prompts), "completion_ids": handed, "logprobs": None}
+
+    config = (RLOOConfig if rloo else GRPOConfig)(
+        output_dir=str(folder),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        **told,
+    )
+    if rloo:
+        trainer = HandedRLOOTrainer(model, reward, config, **known)
+    else:
+        trainer = GRPOTrainer(model, reward, config, rollout_func=hand_over, **known)
+    trainer.current_gradient_accumulation_steps = 1  # which trainer.train() would set
+    return trainer, handed
+
+
 @pytest.fixture(scope="module")
 def oracle(reference):
     """``Oracle`` of each of VARIANTS, made once."""
@@ -79,43 +111,16 @@ def oracle(reference):
     def make(variant):
         if variant in made:
             return made[variant]
-        handed = []
-
-        def hand_over(prompts, trainer):
-            return {"prompt_ids": [QUESTION] * len(prompts), "completion_ids": handed, "logprobs": None}
 
         def agreement(completion_ids, label, **_):
             return [1.0 if answer == [gold] else -1.0 for answer, gold in zip(completion_ids, label, strict=True)]
 
-        class HandedRLOOTrainer(RLOOTrainer):
-            def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
-                return handed
-
-            def _tokenize_prompts(self, prompts):
-                return [QUESTION] * len(prompts), None, {}
-
-        config = (RLOOConfig if variant == "rloo" else GRPOConfig)(
-            output_dir=str(reference),
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            num_generations=G,
-            per_device_train_batch_size=GROUPS * G,
-            max_completion_length=1,
-            **VARIANTS[variant][0],
-        )
         model = Qwen3ForCausalLM.from_pretrained(reference)
         set_log_odds(model, LOG_ODDS)
-        dataset = Dataset.from_dict({"prompt": ["no"], "label": [1]})
-        known = {"train_dataset": dataset, "processing_class": tokenizer}
-        if variant == "rloo":
-            trainer = HandedRLOOTrainer(model, agreement, config, **known)
-        else:
-            trainer = GRPOTrainer(model, agreement, config, rollout_func=hand_over, **known)
-        trainer.current_gradient_accumulation_steps = 1  # which trainer.train() would set
+        told = {"num_generations": G, "per_device_train_batch_size": GROUPS * G, "max_completion_length": 1}
+        known = {"train_dataset": Dataset.from_dict({"prompt": ["no"], "label": [1]}), "processing_class": tokenizer}
+        settings = told | VARIANTS[variant][0]
+        trainer, handed = handed_trainer(variant == "rloo", model, agreement, reference, settings, **known)
         no, yes = model.train()(torch.tensor([QUESTION])).logits[0, -1]
         (yes - no).backward()
         made[variant] = Oracle(trainer, handed, flat_gradient(model))
@@ -231,46 +236,27 @@ def test_of_several_decisions_rloo_takes_the_gradient_of_the_kl_and_grpo_that_of
         gradients[name] = flat_gradient(model)
     assert (gradients["whole"] - gradients["alone"]).norm() > 0.05 * gradients["whole"].norm()
 
-    handed: list[list[int]] = []
-    told = {
-        "output_dir": str(tmp_path),
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "bf16": False,
-    }
-    told |= {"gradient_checkpointing": False, "use_cpu": True, "num_generations": 2, "per_device_train_batch_size": 2}
-    told |= {"max_completion_length": 2, "beta": 1.0}
+    told = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 2, "beta": 1.0}
     known = {"train_dataset": Dataset.from_dict({"prompt": ["no"]}), "processing_class": tokenizer}
-
-    class HandedRLOOTrainer(RLOOTrainer):
-        def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
-            return handed
-
-        def _tokenize_prompts(self, prompts):
-            return [QUESTION] * len(prompts), None, {}
-
-    def hand_over(prompts, trainer):
-        return {"prompt_ids": [QUESTION] * len(prompts), "completion_ids": handed, "logprobs": None}
 
     def nothing(completion_ids, **_):
         return [0.0] * len(completion_ids)
 
-    if algorithm == "rloo":
-        trainer = HandedRLOOTrainer(model, nothing, RLOOConfig(**told), **known)
+    rloo = algorithm == "rloo"
+    if not rloo:
+        told |= {"loss_type": "dr_grpo", "scale_rewards": "none", "use_bias_correction_kl": True}
+    trainer, handed = handed_trainer(rloo, model, nothing, tmp_path, told, **known)
+    if rloo:
         groups = list(itertools.product(range(len(SEVERAL)), repeat=2))
         expected, scale = gradients["whole"], 1.0
     else:
-        config = GRPOConfig(**told, loss_type="dr_grpo", scale_rewards="none", use_bias_correction_kl=True)
-        trainer = GRPOTrainer(model, nothing, config, rollout_func=hand_over, **known)
         groups = [(number, number) for number in range(len(SEVERAL))]  # without rewards, each answer is for itself
         expected, scale = gradients["alone"], 1 / told["max_completion_length"]
-    trainer.current_gradient_accumulation_steps = 1
     found = torch.zeros_like(expected)
     for first, second in groups:
         handed[:] = [SEVERAL[first], SEVERAL[second]]
         model.zero_grad()
         batch = trainer._generate_and_score_completions([{"prompt": "no"}] * 2)
         trainer.compute_loss(model, batch).backward()
-        found += flat_gradient(model) * (chance[first] * chance[second] if algorithm == "rloo" else chance[first])
+        found += flat_gradient(model) * (chance[first] * chance[second] if rloo else chance[first])
     torch.testing.assert_close(found, scale * expected, rtol=1e-3, atol=1e-5)
