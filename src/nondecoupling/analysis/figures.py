@@ -29,6 +29,7 @@ COLOURS = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)), strict=Tr
 CHANGES = {"change_of_loss": "rise of the SFT loss by RL, nats", "change_of_reward": "gain of reward by RL"}
 PORTRAIT = "portrait"  # the folder, beside a figure, of its copy for a phone
 PORTRAIT_WIDTH, LINE = 4.6, 40  # inches and letters: text of 9 points is ten pixels high on a screen 358 pixels wide
+TURNED = "turned in a portrait"  # of text that needs much room beside data
 BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}  # legends under axes
 LABEL_GAP = 0.05  # of the height of the axes
 MIXED = {"interleaved": "by turns"} | {f"joint-m{weight}": f"joint, μ = {weight}" for weight in WEIGHTS}
@@ -80,6 +81,8 @@ def portrait(figure: Figure) -> Figure:
             marks: list[Any] = legend.legend_handles
             legend.remove()
             owner.legend(marks, [text.get_text() for text in legend.get_texts()], fontsize=9, frameon=False, **below)
+    for text in tall.findobj(lambda artist: artist.get_gid() == TURNED):
+        text.set_rotation(90)  # type: ignore[attr-defined]
     for text in tall.findobj(Text):
         if len(words := text.get_text()) > LINE and "\n" not in words:  # type: ignore[attr-defined]
             text.set_text(textwrap.fill(words, LINE))  # type: ignore[attr-defined]
@@ -282,6 +285,7 @@ def draw_effect(axes: Axes, trajectories: pd.DataFrame, first: str, second: str,
         place + 0.02 * width, (start + end) / 2, words, color=ink(COLOURS[second]), va="center", fontsize=10
     )
     text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 2})
+    text.set_gid(TURNED)
     ticks = [tick for tick in axes.get_xticks() if 0 <= tick <= right]
     axes.set_xlim(left, right + 0.3 * width)
     axes.set_xticks(ticks)
