@@ -244,6 +244,19 @@ def test_verdicts_of_two_studies_stand_side_by_side():
     assert "A1 and B1 reproduced in all 3; A2 reproduced in `nano` and `four`, not reproduced in `laptop`;" in of_three
 
 
+def test_what_fewer_seeds_find_is_said_where_there_are_more():
+    losses = {"sft": [0.3] * 6, "base": [0.5] * 6, "sft-rl": [0.6, 0.61, 0.62, 0.61, 0.6, 0.4]}  # the last is another
+    alike = {run: {"sft_loss": values, "reward_sampled": 0.3} for run, values in losses.items()}
+    runs = alike | {"rl": {"reward_sampled": 0.5}, "rl-sft": {"reward_sampled": 0.3}}
+    answers = [policy(run, 0.5, [1, 1, 0], range(6)) for run in ("sft", "sft-rl")]
+    found, study = metrics_of(runs, range(6)), load_study("nano")
+    said = tables.quick_look_sentence(results_of(study, answers, found, seeds=list(range(6))))
+    assert said.startswith("5 seeds decide less than 6: of all 6 ways to choose 5 of these 6, the verdict is the one")
+    assert said.endswith("the one above in all for A1; else it is inconclusive.")  # by all six A2 is, too
+    of_five = results_of(study, answers, found[found["seed"] < 5], seeds=list(range(5)))
+    assert tables.quick_look_sentence(of_five) == ""
+
+
 def test_runs_that_did_not_finish_and_policies_that_collapsed_are_counted():
     one_collapsed = {"predicted_acceptable_rate": [1.0, 0.7, 0.7], "mcc": [0.0, 0.5, 0.5]}
     found = results_of(load_study("nano"), metrics=metrics_of({"base": {}, "sft": one_collapsed}))

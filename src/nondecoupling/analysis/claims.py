@@ -19,15 +19,18 @@ share of a rise where nothing rose) is left out, and the note says which. A poli
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from nondecoupling.analysis import predictions
 from nondecoupling.analysis.collapse import is_collapsed
 from nondecoupling.analysis.measures import auroc, greedy_share, share_taken_back
 from nondecoupling.analysis.statistics import (
+    ROUNDING,
     Interval,
     bootstrap_interval,
     equivalence_test,
@@ -253,6 +256,27 @@ def judged_family(
         said = [collapse_note(claim, fallen), notes.get(claim.id, "")]
         rows.append(judged(claim, values[claim.id], said, predicted=perfect, predicted_from_policies=own))
     return corrected_family(rows)
+
+
+def found_by_each(values: pd.DataFrame, claims: list[Claim], few: int) -> pd.DataFrame:
+    """What every choice of ``few`` seeds says of ``claims`` about a sign: +1 as claimed, -1 the opposite, 0 undecided.
+
+    ``values`` are the quantities (seeds, claims), in the order of ``claims``, which are one family. A row per choice,
+    by the rule of `judged` and `corrected_family`, for all choices at once; what does not exist in a chosen seed is
+    undecided.
+    """
+    chosen = np.array(list(combinations(range(len(values)), few)))
+    beyond = (values - [claim.than for claim in claims]).to_numpy()[chosen]  # (choices, few, claims)
+    mean, spread = beyond.mean(axis=1), beyond.std(axis=1, ddof=1)
+    alike = np.ptp(beyond, axis=1) <= ROUNDING  # no t, but `paired_test`'s exact sign test
+    p = 2 * stats.t.sf(np.abs(mean) / np.where(alike, 1.0, spread) * np.sqrt(few), few - 1)
+    p = np.where(alike, np.where(np.abs(mean) > ROUNDING, 2.0 ** (1 - few), 1.0), p)
+    order, tested = p.argsort(axis=1), (~np.isnan(p)).sum(axis=1, keepdims=True)
+    stepped = np.take_along_axis(p, order, 1) * (tested - np.arange(len(claims)))  # Holm's
+    corrected = np.empty_like(p)
+    np.put_along_axis(corrected, order, np.maximum.accumulate(stepped, axis=1), 1)
+    side = np.sign(mean) * [claim.sign for claim in claims]
+    return pd.DataFrame(np.where(corrected < SIGNIFICANT, side, 0), columns=values.columns).astype(int)
 
 
 def collapses(results: Results) -> dict[str, str]:

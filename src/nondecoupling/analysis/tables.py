@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from nondecoupling.analysis.claims import SIGNIFICANT
+from nondecoupling.analysis.claims import CLAIMS, SIGNIFICANT, found_by_each, values_of_claims
 from nondecoupling.analysis.collapse import is_collapsed
 from nondecoupling.analysis.geometry import alignment_sentence, duration_sentence, threshold_sentence
 from nondecoupling.analysis.many_answers import cells_table
@@ -19,6 +19,7 @@ from nondecoupling.analysis.wording import in_words
 from nondecoupling.study.contracts import ClaimRow, SweepEntry, TheoryFile
 from nondecoupling.study.plan import NAMES, STATES
 from nondecoupling.study.results import Results
+from nondecoupling.study.study import parse_seeds
 
 PAPER_RIGHT = 365, 354  # sentences of CoLA's 527 that are right after RL, and after SFT on top of it
 STATE_COLUMNS = ["sft_loss", "label_mass", "reward_exact", "reward_sampled", "reward_sampled_strict", "reward_greedy"]
@@ -298,6 +299,29 @@ def cost_sentence(results: Results) -> str:
     return f"{took} (mean of {len(results.seeds)}); a run took at most {memory:.1f} GiB."
 
 
+def quick_look_sentence(results: Results) -> str:
+    """How often as few seeds as `make reproduce` runs have the verdicts of all of ``results``, where these decide.
+
+    Of the claims A, B and O. Empty where there are no more seeds than that.
+    """
+    few, many = len(parse_seeds(results.study.profile.seeds)), len(results.seeds)
+    if many <= few:
+        return ""
+    values = pd.DataFrame(values_of_claims(results))
+    each, whole = (found_by_each(values, CLAIMS, seeds) for seeds in (few, many))
+    decided = whole.iloc[0][lambda side: side != 0]
+    agree = each[decided.index] * decided  # 1 the same verdict, -1 the opposite, 0 none
+    shares = (agree == 1).mean().sort_values(ascending=False, kind="stable")
+    words = shares.map(lambda share: "all" if share == 1 else f"{min(share, 0.99):.0%}")
+    parts = [f"in {share} for {enumerated(of)}" for share, of in words.index.to_series().groupby(words, sort=False)]
+    opposite = int((agree == -1).sum().max())
+    others = f" (in up to {opposite} ways the opposite)" if opposite else ""
+    return (
+        f"{few} seeds decide less than {many}: of all {len(each):,} ways to choose {few} of these {many}, the verdict "
+        f"is the one above {enumerated(parts)}; else it is inconclusive{others}."
+    )
+
+
 def runs_sentence(results: Results) -> str:
     """How many of the plan's runs are finished, and how many policies collapsed."""
     planned = sum(1 if run.once else len(results.seeds) for run in results.study.runs)
@@ -356,12 +380,14 @@ def document_parts(results: Results) -> dict[str, str]:
         tables = [claims_table(rows_of(rows, letter)) for letter in judged]
         parts[f"{results.study.name}, controls"] = [*tables, policies_table(results, *others)]
     theory = "\n".join(f"* {sentence}" for sentence in theory_sentences(results.read("theory.json")))
-    found = markdown_table(findings_table(rows_of(rows, "ABO")))
+    findings = markdown_table(findings_table(rows_of(rows, "ABO")))
     words = {
-        "findings": f"{found}\n\n{theory}".strip(),
+        "findings": f"{findings}\n\n{theory}".strip(),
         "cost": cost_sentence(results),
         "runs": runs_sentence(results),
     }
+    if found := quick_look_sentence(results):
+        words["quick look"] = found
     if geometry := results.read("geometry.json"):
         said = [duration_sentence(geometry), threshold_sentence(geometry), alignment_sentence(geometry)]
         words["geometry"] = "\n\n".join([markdown_table(claims_table(geometry["claims"])), *filter(None, said)])
