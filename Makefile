@@ -14,9 +14,10 @@ RANDOM_WEIGHTS ?=
 SCHEDULER ?=
 # commands: of `list`, a command for each run that is not finished.
 FORMAT  ?= grid
-# On processors runs are side by side with a thread each; studies of real models share a GPU one after the other.
+# On processors runs are side by side with a thread each, also where threads are limited, which nproc takes for the
+# number of processors; studies of real models share a GPU one after the other.
 ifndef JOBS
-JOBS    := $(if $(and $(wildcard /dev/nvidia0),$(filter-out nano tiny four,$(value PROFILE))),1,$(shell nproc 2>/dev/null || echo 2))
+JOBS    := $(if $(and $(wildcard /dev/nvidia0),$(filter-out nano tiny four,$(value PROFILE))),1,$(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 2))
 endif
 # What a user writes is text, and never a rule or a command: options are read by $(value), and not handed to the
 # environment of recipes, for which make would expand them.

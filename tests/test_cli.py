@@ -215,6 +215,12 @@ def test_seeds_is_reproduce_with_more_seeds(words, seeds):
     assert f" --seeds='{seeds}' " in printed
 
 
+def test_a_limit_of_threads_is_no_limit_of_runs_side_by_side(results):
+    free, limited = (make("reproduce", "--dry-run", **threads).stdout for threads in ({}, {"OMP_NUM_THREADS": "1"}))
+    assert " --jobs='1' " not in limited or len(os.sched_getaffinity(0)) == 1
+    assert limited == free
+
+
 @pytest.mark.parametrize(("status", "mentions"), [(0, 1), (9, 0)])
 def test_nano_is_the_default_also_where_a_gpu_is_and_a_line_says_what_would_use_it(results, tmp_path, status, mentions):
     program = tmp_path / "nvidia-smi"
