@@ -79,7 +79,10 @@ def test_reproduce_leaves_every_result(study):
             assert f"{row['estimate']:+z.3f}  [" in line
     assert read_results(None, folder).final()["run"].nunique() == 5
     assert str(folder / "report.html") in printed
-    assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".svg", ".pdf"}
+    assert {path.suffix for path in (folder / "figures").glob("*.*")} == {".png", ".svg", ".pdf"}
+    assert {path.name for path in (folder / "figures").rglob("portrait/*")} == {
+        path.name for path in (folder / "figures").glob("*.svg")
+    }
     assert not [path for path in folder.rglob("*") if re.search("partial|failed|checkpoints|tmp", path.name)]
 
 
