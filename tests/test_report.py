@@ -49,6 +49,22 @@ def finished(tmp_path, monkeypatch):
     return copy
 
 
+POLICIES: dict[tuple, pd.DataFrame] = {}
+
+
+@pytest.fixture(autouse=True)
+def policies_are_measured_once(monkeypatch):
+    """The tables of policies of equal metrics: some seconds for each, and no test here changes answers."""
+
+    def once(results, *runs):
+        key = results.study.name, runs, pd.util.hash_pandas_object(results.metrics).sum()
+        if key not in POLICIES:
+            POLICIES[key] = tables.policies_table(results, *runs)
+        return POLICIES[key]
+
+    monkeypatch.setattr(report, "policies_table", once)
+
+
 def page_of(results) -> str:
     return report.write_report(results.study).read_text(encoding="utf-8")
 
