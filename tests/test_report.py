@@ -235,8 +235,7 @@ def test_same_numbers_give_the_same_figures_and_the_reference_none(tmp_path, mon
         folder = folders.study_folder(load_study("nano"))
         folder.mkdir(parents=True)
         figures.save_figure(results_of(load_study("nano"), folder=folder), figures.draw_claims(rows), "claims")
-        made = [path for path in (folder / "figures").rglob("*.*")]
-        files.append({str(path.relative_to(folder)): path.read_bytes() for path in made})
+        files.append({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("figures/**/*.*")})
     names = {"claims.png", "claims.svg", "claims.pdf", f"{figures.PORTRAIT}/claims.svg"}
     assert set(files[0]) == {f"figures/{name}" for name in names}
     assert files[0] == files[1]

@@ -252,7 +252,7 @@ def test_what_fewer_seeds_find_is_said_where_there_are_more():
     found, study = metrics_of(runs, range(6)), load_study("nano")
     said = tables.quick_look_sentence(results_of(study, answers, found, seeds=list(range(6))))
     assert said.startswith("5 seeds decide less than 6: of all 6 ways to choose 5 of these 6, the verdict is the one")
-    assert said.endswith("the one above in all for A1; else it is inconclusive.")  # by all six A2 is, too
+    assert said.endswith("the one above in all for A1; else it is inconclusive.")  # all six decide no other
     of_five = results_of(study, answers, found[found["seed"] < 5], seeds=list(range(5)))
     assert tables.quick_look_sentence(of_five) == ""
 

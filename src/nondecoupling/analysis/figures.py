@@ -28,7 +28,10 @@ from nondecoupling.study.results import Results
 COLOURS = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)), strict=True))
 CHANGES = {"change_of_loss": "rise of the SFT loss by RL, nats", "change_of_reward": "gain of reward by RL"}
 PORTRAIT = "portrait"  # the folder, beside a figure, of its copy for a phone
-PORTRAIT_WIDTH, LINE = 4.6, 40  # inches and letters: text of 9 points is ten pixels high on a screen 358 pixels wide
+PORTRAIT_WIDTH, LINE = (
+    4.6,
+    40,
+)  # inches and letters: text of 9 points is some ten pixels high on a screen 358 pixels wide
 TURNED = "turned in a portrait"  # of text that needs much room beside data
 BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}  # legends under axes
 LABEL_GAP = 0.05  # of the height of the axes
