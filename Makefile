@@ -67,7 +67,7 @@ help: ## print the targets
 	@echo '  FORMAT=commands                   of list: a command for each run to do'
 	@echo '  older names: study (controls), theory (betas), sweep (seeds)'
 
-reproduce: $(READY) ## both experiments, five seeds, claims and report: 3 min
+reproduce: $(READY) ## both experiments, five seeds, claims and report: 5 min
 	@$(WORKFLOW) reproduce $(STUDY) $(HOW)
 
 controls: $(READY) ## also controls and joint training: 8 min more
