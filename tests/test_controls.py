@@ -141,6 +141,28 @@ def test_rows_that_were_run_have_the_ids_of_those_that_were_not():
     assert [row["id"] for row in rows] == [row["id"] for row in controls.controls_not_run(STUDY)]
 
 
+def test_controls_are_judged_as_far_as_they_were_run():
+    whole = results(changes={"sft-rl": {"sft_loss": [0.6, 0.61, 0.62]}, "sft-sft": {"sft_loss": [0.4, 0.4, 0.41]}})
+    kept = {"base", "sft", "sft-rl", "rl", "rl-sft", "sft-sft", "joint-m0.5"}
+    found = replace(
+        whole,
+        **{name: table[table["run"].isin(kept)] for name in ("metrics", "answers") for table in [getattr(whole, name)]},
+    )
+    rows = controls.judge_controls(found, [A1])
+    assert [row["id"] for row in rows] == list(controls.OBJECTIONS)
+    run = {row["id"]: row for row in rows if row["verdict"] != "not run"}
+    assert set(run) == {"K1", "K1e"}
+    assert run["K1"]["p_holm"] == pytest.approx(2 * run["K1"]["p_value"])  # a family of those that were run
+    assert {row["note"] for row in rows if row["id"] not in run} == {"make controls"}
+    joint = controls.judge_joint(found)
+    assert {row["id"] for row in joint if row["verdict"] != "not run"} == {
+        f"{n}-joint-m0.5" for n in ("J1", "J1e", "J2")
+    }
+    assert "0 of 1 joint runs" in controls.joint_answer(joint)
+    nothing = controls.judge_joint(replace(found, metrics=found.metrics[found.metrics["run"] != "joint-m0.5"]))
+    assert controls.joint_answer(nothing) == "Joint training was not run (make controls)."
+
+
 SHORT = {
     "sft": {"reward_exact": 0.4, "sft_loss": 0.4},
     "sft-rl-short": {"reward_exact": [0.55, 0.56, 0.57], "sft_loss": 0.46},

@@ -623,7 +623,7 @@ def test_a_model_that_is_edited_while_a_study_runs_is_named(tmp_path, monkeypatc
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_text("one")
     study = load_study("tiny", model=str(folder))
-    graph.write_settings(study, [graph.run_part(study, "base", 0)], [0], ["main"])
+    graph.write_settings(study, [graph.run_part(study, "base", 0)], [0])
     (folder / "model.safetensors").write_text("two")
     words = ["run", "--run=sft", "--profile=tiny", f"--model={folder}", f"--begun={study.name}"]
     assert cli.main(words) == 1

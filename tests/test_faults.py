@@ -174,7 +174,7 @@ def test_a_damaged_file_of_any_kind_is_named_and_used_by_nobody(made, tmp_path, 
         assert str(place_of(root, run)) in said
         assert "make reproduce" in said
         with pytest.raises((RuntimeError, FileNotFoundError)):
-            collect(STUDY, [0], ["main"])
+            collect(STUDY, [0], STUDY.runs_of("main"))
         counts[damage.__name__] += 1
         shutil.rmtree(root)
     with capsys.disabled():
@@ -186,8 +186,8 @@ def test_damaged_settings_are_renewed(made, tmp_path, monkeypatch):
     monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
     root = Path(shutil.copytree(made[0], tmp_path / "tiny"))
     parts = [graph.run_part(STUDY, name, 0) for name in RUNS]
-    graph.write_settings(STUDY, parts, [0], ["main"])
+    graph.write_settings(STUDY, parts, [0])
     for content in (b"", b"{", b"\xff\x00"):
         (root / parts[2].settings).write_bytes(content)
-        settings = graph.settings_of_parts(STUDY, parts, [0], ["main"])
+        settings = graph.settings_of_parts(STUDY, parts, [0])
         assert graph.renewed_settings(root, parts, settings) == {"sft"}

@@ -33,7 +33,7 @@ def root(tmp_path, monkeypatch):
 @pytest.mark.parametrize("groups", ALL_GROUPS)
 def test_every_run_of_every_seed_waits_for_its_parents(groups):
     study = load_study("nano")
-    parts = graph.parts_of(study, [0, 3], groups)
+    parts = graph.parts_of(study, [0, 3], study.runs_of(*groups))
     targets = [part.target for part in parts]
     by_name = {(part.name, part.seed): part for part in parts}
     assert len(targets) == len(set(targets)) == len(by_name)
@@ -59,7 +59,7 @@ def test_every_run_of_every_seed_waits_for_its_parents(groups):
 )
 def test_what_is_there_once_is_one_part_and_what_is_drawn_is_one_for_each_seed(tmp_path, given, expected):
     study = load_study("nano", **dict.fromkeys(given, str(tmp_path)))
-    parts = [part for part in graph.parts_of(study, [0, 1], ["main"]) if part.name in ("data", "base")]
+    parts = [part for part in graph.parts_of(study, [0, 1], study.runs_of("main")) if part.name in ("data", "base")]
     assert [part.target for part in parts] == [f"{place}/metrics.json" for place in expected]
     for part in parts:
         assert part.seed == (int(part.target[4]) if part.target.startswith("seed") else None)
@@ -70,7 +70,7 @@ def test_what_is_there_once_is_one_part_and_what_is_drawn_is_one_for_each_seed(t
 @pytest.mark.parametrize("groups", ALL_GROUPS)
 def test_summaries_wait_for_the_runs_they_read_and_the_report_for_the_claims(groups):
     study = load_study("nano")
-    parts = graph.parts_of(study, [0, 1], groups)
+    parts = graph.parts_of(study, [0, 1], study.runs_of(*groups))
     by_name = {part.name: part for part in parts if part.seed is None}
     for group in ("controls", "geometry"):
         assert (group in by_name) == (group in groups)
@@ -86,10 +86,29 @@ def test_summaries_wait_for_the_runs_they_read_and_the_report_for_the_claims(gro
     assert by_name["report"].needs == ["claims.json"]
 
 
+def test_what_else_is_finished_for_all_seeds_belongs_to_the_study(begun, root):
+    def finish(name, *seeds):
+        for seed in seeds:
+            folder = folders.run_folder(root, begun.run(name), seed)
+            folder.mkdir(parents=True)
+            folders.write_json(folder / folders.METRICS, {})
+            folders.write_hashes(folder)
+
+    finish("sft-sft", 0, 1)
+    finish("sft-again", 1)
+    finish("rl-rl", 0, 1)  # without the policy that it goes on from
+    assert {run.name for run in graph.runs_in(begun, [0, 1], [])} == {"data", "base", "sft", "sft-sft"}
+    runs = graph.runs_in(begun, [0, 1], ["main"])
+    assert {run.name for run in runs} == MAIN | {"sft-sft", "rl-rl"}
+    parts = {part.name: part for part in graph.parts_of(begun, [0, 1], runs)}
+    assert "seed1/sft-sft/metrics.json" in parts["controls"].needs  # which judges those that are there
+    assert "geometry" not in parts
+
+
 def test_recipes_carry_the_users_words_through_make_and_shell(root):
     study, words = load_study("nano"), ["--data=my data", '--set=prompt.acceptable="$HOME it\'s" # 5 % \\', "--jobs=1"]
-    parts = graph.parts_of(study, [3], ["main"])
-    graph.write_settings(study, parts, [3], ["main"])
+    parts = graph.parts_of(study, [3], study.runs_of("main"))
+    graph.write_settings(study, parts, [3])
     executor.write_rules(root, parts, words)
     command = ["make", "-n", "-f", executor.RULES, "study"]
     done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=True)
@@ -110,8 +129,8 @@ def rewritten(root):
     def write(study, seeds=(0,), groups=("main",)):
         for path in (root / "settings").glob("*.json"):
             os.utime(path, (1, 1))
-        parts = graph.parts_of(study, list(seeds), groups)
-        graph.write_settings(study, parts, list(seeds), groups)
+        parts = graph.parts_of(study, list(seeds), study.runs_of(*groups))
+        graph.write_settings(study, parts, list(seeds))
         return {path.stem for path in (root / "settings").glob("*.json") if path.stat().st_mtime != 1}
 
     return write
@@ -177,7 +196,7 @@ def test_an_edited_file_rewrites_the_files_of_the_parts_that_it_makes(rewritten,
 def begun(root):
     """The study nano with two seeds of sft, its settings written, and these runs newer than they are."""
     study = load_study("nano")
-    graph.write_settings(study, graph.parts_of(study, [0, 1], ["main"]), [0, 1], ["main"])
+    graph.write_settings(study, graph.parts_of(study, [0, 1], study.runs_of("main")), [0, 1])
     for name, seed in itertools.product(("data", "base", "sft"), (0, 1)):
         folder = folders.run_folder(root, study.run(name), seed)
         folder.mkdir(parents=True)
@@ -228,7 +247,7 @@ def test_the_list_has_one_mark_for_what_is_there_once(root, tmp_path):
 
 def test_commands_are_those_of_the_unfinished_runs_each_after_what_it_needs(root):
     study = load_study("nano")
-    parts = [part for part in graph.parts_of(study, [0, 3], graph.GROUPS) if part.target.endswith(folders.METRICS)]
+    parts = [part for part in graph.parts_of(study, [0, 3], study.runs) if part.target.endswith(folders.METRICS)]
     lines = executor.commands_of_runs(study, [0, 3], ["--profile=nano", "--data=it's"])
     assert len(lines) == len(parts)
     for line, part in zip(lines, parts, strict=True):
@@ -245,6 +264,7 @@ def test_commands_are_those_of_the_unfinished_runs_each_after_what_it_needs(root
 
 
 def test_a_study_of_four_answers_has_its_chapter_before_the_claims():
-    parts = {part.name: part for part in graph.parts_of(load_study("four"), [0], graph.GROUPS)}
+    study = load_study("four")
+    parts = {part.name: part for part in graph.parts_of(study, [0], study.runs)}
     assert list(parts) == ["data", "base", "sft", "sft-rl", "rl", "rl-sft", "tables", "labels", "claims", "report"]
     assert parts["claims"].needs[-1] == parts["labels"].target == "labels.json"

@@ -49,7 +49,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("name", ["data", "base", "sft", "rl", "joint-m0.2", "reward-model", *SUMMARIES])
 def test_every_notebook_takes_what_it_is_given(results, calls, name):
     study = replace(load_study("four" if name == "labels" else "nano"), name="nano")
-    part = next(part for part in graph.parts_of(study, [3], graph.GROUPS) if part.name == name)
+    part = next(part for part in graph.parts_of(study, [3], study.runs) if part.name == name)
     made = notebooks.execute(study, part, {"profile": "nano", "data": "", "model": "", "overrides": {"rl.beta": 0.5}})
     [(notebook, parameters)] = calls
     assert made == results / "nano" / part.target

@@ -30,7 +30,7 @@ RUNS = ("sft", "sft-rl", "rl", "rl-sft")
 NAME = "it's $HOME für uns"
 STUDY = load_study("tiny")
 SEEDS = [0, 1]
-PARTS = graph.parts_of(STUDY, SEEDS, ["main"])
+PARTS = graph.parts_of(STUDY, SEEDS, STUDY.runs_of("main"))
 MADE_OF_ALL = {"provenance.json", "theory.json", "claims.json", "report.html"}
 
 
@@ -343,12 +343,12 @@ def test_a_run_beside_another_parent_than_its_own_is_stale_and_in_no_table(copie
     folders.write_json(parent, content | {"status": "complete", "training": {}})
     folders.write_hashes(parent.parent)
     os.utime(parent, ns=(before, before))  # as a copy from elsewhere may be older than what is here
-    graph.write_settings(STUDY, PARTS, SEEDS, ["main"])
+    graph.write_settings(STUDY, PARTS, SEEDS)
     assert {part.target for part in graph.stale_parts(copied, PARTS)} == {"seed0/rl-sft/metrics.json"} | MADE_OF_ALL
     assert set(made_by_make(copied)) == {"seed0/rl-sft/metrics.json"} | MADE_OF_ALL
     sentence = r"seed0/rl-sft was made from another rl than the one beside it; make reproduce makes it again\."
     with pytest.raises(RuntimeError, match=sentence):
-        collect(STUDY, SEEDS, ["main"])
+        collect(STUDY, SEEDS, STUDY.runs_of("main"))
     with pytest.raises(RuntimeError, match=sentence):
         reference.make_reference(STUDY, SEEDS)
     assert not (tmp_path / "checkout").exists()

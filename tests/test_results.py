@@ -92,7 +92,7 @@ def finish(study, run, seed, **changed):
 
 
 def test_runs_become_tables_and_are_read_back_to_the_last_digit(study):
-    collected = results.collect(study, SEEDS, ["main"])
+    collected = results.collect(study, SEEDS, study.runs_of("main"))
     results.write_results(collected)
     read = results.read_results(study, folders.study_folder(study))
     for name in ("metrics", "trajectories", "answers"):
@@ -105,7 +105,7 @@ def test_runs_become_tables_and_are_read_back_to_the_last_digit(study):
 
 @pytest.mark.parametrize("name", results.TABLES)
 def test_a_damaged_table_is_named(study, name):
-    results.write_results(results.collect(study, SEEDS, ["main"]))
+    results.write_results(results.collect(study, SEEDS, study.runs_of("main")))
     path = folders.study_folder(study) / name
     content = path.read_bytes()
     for damaged in (content[: len(content) // 2], content.replace(b"3", b"4", 1), b""):
@@ -118,14 +118,15 @@ def test_a_damaged_table_is_named(study, name):
 
 
 def test_every_seed_has_a_base_of_its_own(study):
-    collected = results.collect(study, SEEDS, ["main"])
+    collected = results.collect(study, SEEDS, study.runs_of("main"))
     assert collected.final("base")["sft_loss"].tolist() == [0.1 + seed / 3 for seed in SEEDS]
     assert collected.costs.query("run in ['data', 'base']")["seed"].tolist() == [*SEEDS, *SEEDS]
     assert {"seed3/data", "seed5/data", "seed3/base", "seed5/base"} <= set(collected.provenance["runs"])
 
 
 def test_a_run_that_serves_all_seeds_has_rows_for_each_and_one_cost(finished):
-    collected = results.collect(finished("paper"), SEEDS, ["main"])
+    study = finished("paper")
+    collected = results.collect(study, SEEDS, study.runs_of("main"))
     assert {"data", "base", "seed3/sft", "seed5/sft"} <= set(collected.provenance["runs"])
     base = collected.final("base")
     assert base["seed"].tolist() == SEEDS
@@ -142,7 +143,7 @@ def test_a_run_that_serves_all_seeds_has_rows_for_each_and_one_cost(finished):
 
 
 def test_trajectories_have_run_seed_and_step(study):
-    table = results.collect(study, SEEDS, ["main"]).trajectories
+    table = results.collect(study, SEEDS, study.runs_of("main")).trajectories
     assert table.columns[:3].tolist() == ["run", "seed", "step"]
     assert len(table) == 4 * 2 * 2
     assert set(table["run"]) == {"sft", "sft-rl", "rl", "rl-sft"}
@@ -151,13 +152,13 @@ def test_trajectories_have_run_seed_and_step(study):
 def test_a_missing_run_is_named(study):
     (folders.study_folder(study) / "seed5" / "rl-sft" / folders.METRICS).unlink()
     with pytest.raises(FileNotFoundError, match=r"seed5/rl-sft, which is not there"):
-        results.collect(study, SEEDS, ["main"])
+        results.collect(study, SEEDS, study.runs_of("main"))
 
 
 def test_a_run_beside_another_parent_than_its_own_is_refused(study):
     finish(study, study.run("sft"), 5, training={"steps": 5})
     with pytest.raises(RuntimeError, match=r"seed5/sft-rl was made from another sft than the one beside it"):
-        results.collect(study, SEEDS, ["main"])
+        results.collect(study, SEEDS, study.runs_of("main"))
 
 
 def test_provenance_says_once_what_runs_share_and_by_run_what_differs(study):
@@ -165,7 +166,7 @@ def test_provenance_says_once_what_runs_share_and_by_run_what_differs(study):
     record = folders.read_json(folders.study_folder(study) / "seed5" / "rl" / folders.METRICS)
     finish(study, run, 5, provenance=record["provenance"] | {"cpu": "another"})
     finish(study, study.run("rl-sft"), 5)
-    provenance = results.collect(study, SEEDS, ["main"]).provenance
+    provenance = results.collect(study, SEEDS, study.runs_of("main")).provenance
     TypeAdapter(contracts.ProvenanceFile).validate_python(provenance)
     assert provenance["parameters"] == study.profile.model_dump()
     assert provenance["shared"]["cpu"] == "one"
@@ -190,7 +191,7 @@ def test_without_tables_the_reference_is_read_and_left_alone(tmp_path, monkeypat
 
 
 def test_the_study_is_read_where_it_has_what_is_asked_for(study):
-    results.write_results(results.collect(study, SEEDS, ["main"]))
+    results.write_results(results.collect(study, SEEDS, study.runs_of("main")))
     assert results.results_to_read(study, "sft", "rl").own
     with pytest.raises(FileNotFoundError, match=r"no reference of 'tiny'.*make controls"):
         results.results_to_read(study, "sft", "rl-rl")
@@ -199,7 +200,7 @@ def test_the_study_is_read_where_it_has_what_is_asked_for(study):
 
 
 def test_tables_of_another_version_are_refused_in_one_sentence(study):
-    results.write_results(results.collect(study, SEEDS, ["main"]))
+    results.write_results(results.collect(study, SEEDS, study.runs_of("main")))
     path = folders.study_folder(study) / results.PROVENANCE
     content = folders.read_json(path)
     content["parameters"]["rl"].pop("beta")

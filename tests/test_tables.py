@@ -289,9 +289,13 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     folders.write_json(
         tmp_path / "theory.json", {"sweep": [sweep_entry()], "who_pays": [], "uninformed": None, "crossing": None}
     )
+    judged = [row | {"verdict": "refuted"} if row["id"] == "K2" else row for row in controls_not_run(study)]
+    folders.write_json(tmp_path / "claims.json", rows + judged)
     some = parts(MEASURED | {"rl-rl": {}})["nano, controls"]
     assert "| rl-rl | 0.400 |" in some
-    assert "| K1: " not in some  # verdicts are given on all controls together
+    assert "| K2: " in some
+    assert not any(words in some for words in ("| K1: ", "| J1-"))  # controls are judged as far as they were run
+    folders.write_json(tmp_path / "claims.json", [row | {"verdict": "refuted"} for row in rows + judged])
     runs = MEASURED | {run.name: {} for run in study.runs_of("controls") if run.stage != "reward_model"}
     everything = parts(runs | {"reward-model": {}})
     assert list(everything) == ["nano", "nano, controls", "nano, findings", "nano, cost", "nano, runs"]

@@ -1,8 +1,8 @@
 """Controls and joint training: what each answers, and the rules of its verdict, written before any run of this plan.
 
-Verdicts follow the rules of `claims`, with Holm's correction over all controls, and over all joint runs. All statements
-here are ours; the paper runs no control, and concludes that the two stages should be one joint optimisation without
-running it. To add a control, add its claim and its objection here and its run to `study.plan`.
+Verdicts follow the rules of `claims`, with Holm's correction over all controls that were run, and over all joint runs.
+All statements here are ours; the paper runs no control, and concludes that the two stages should be one joint
+optimisation without running it. To add a control, add its claim and its objection here and its run to `study.plan`.
 """
 
 import math
@@ -128,19 +128,28 @@ def joint_claims(study: Study) -> list[Claim]:
 
 def controls_not_run(study: Study) -> list[ClaimRow]:
     """The rows of controls and joint training of a study that has run none; empty where its plan has none."""
-    if not study.runs_of("controls"):
-        return []
-    return [not_run(claim, MAKES["controls"]) for claim in [*controls_of(study), *joint_claims(study)]]
+    return with_those_not_run([*controls_of(study), *joint_claims(study)], [])
+
+
+def finished(results: Results, claims: list[Claim]) -> list[Claim]:
+    """Those of ``claims`` whose runs are in the tables."""
+    return [claim for claim in claims if results.has(*filter(None, (claim.before, claim.after)))]
+
+
+def with_those_not_run(planned: list[Claim], rows: list[ClaimRow]) -> list[ClaimRow]:
+    """A row for each planned claim, in order: its own, or that it was not run."""
+    judged_rows = {row["id"]: row for row in rows}
+    return [judged_rows.get(claim.id) or not_run(claim, MAKES["controls"]) for claim in planned]
 
 
 def values_of_controls(results: Results) -> dict[str, pd.Series]:
-    """The quantity of each control that the plan has, by seed.
+    """The quantity of each control that was run, by seed.
 
     K11's is the share of RL's gain of reward minus the share of its rise of loss that a quarter of RL has.
     """
     special = {"K3": partial(slope_difference, results), "K11": partial(shares_ahead, results)}
-    planned = controls_of(results.study)
-    return {claim.id: special.get(claim.id, partial(change_of, results, claim))() for claim in planned}
+    found = finished(results, controls_of(results.study))
+    return {claim.id: special.get(claim.id, partial(change_of, results, claim))() for claim in found}
 
 
 def slope_difference(results: Results) -> pd.Series:
@@ -169,8 +178,9 @@ def shares_ahead(results: Results) -> pd.Series:
 def judge_controls(results: Results, claims: list[ClaimRow]) -> list[ClaimRow]:
     """One row per control that the plan has; ``claims`` are the judged claims of the same study."""
     planned, predicted = controls_of(results.study), predictions.of_controls(results, claims)
-    notes = {claim.id: NOTES[claim.id](results) for claim in planned if claim.id in NOTES}
-    return judged_family(results, planned, values_of_controls(results), predicted, notes)
+    found = finished(results, planned)
+    notes = {claim.id: NOTES[claim.id](results) for claim in found if claim.id in NOTES}
+    return with_those_not_run(planned, judged_family(results, found, values_of_controls(results), predicted, notes))
 
 
 def distances_note(results: Results) -> str:
@@ -208,9 +218,9 @@ def temperature_curves(results: Results, run: str) -> list[pd.DataFrame]:
 
 
 def values_of_joint(results: Results) -> dict[str, pd.Series]:
-    """The quantities of J1, J1e and J2 of each joint run by seed, from `measures.advantage` over `SEQUENTIAL`."""
+    """The quantities of J1, J1e and J2 of each finished joint run by seed: `measures.advantage` over `SEQUENTIAL`."""
     values: dict[str, pd.Series] = {}
-    for run in joint_runs(results.study):
+    for run in filter(results.has, joint_runs(results.study)):
         found = {
             seed: advantage(results.answers_of(run, seed), [results.answers_of(rival, seed) for rival in SEQUENTIAL])
             for seed in results.seeds
@@ -222,15 +232,16 @@ def values_of_joint(results: Results) -> dict[str, pd.Series]:
 
 def judge_joint(results: Results) -> list[ClaimRow]:
     """Does joint training beat doing one stage after the other, at equal cost? Three rows per joint run."""
-    values = values_of_joint(results)
-    return corrected_family([judged(claim, values[claim.id]) for claim in joint_claims(results.study)])
+    planned, values = joint_claims(results.study), values_of_joint(results)
+    rows = corrected_family([judged(claim, values[claim.id]) for claim in planned if claim.id in values])
+    return with_those_not_run(planned, rows)
 
 
 def joint_answer(rows: list[ClaimRow]) -> str:
     """The answer to "does joint training beat sequential training at equal cost?" in one paragraph, with numbers."""
 
     def summary(letter: str, what: str) -> str:
-        family = [row for row in rows if row["id"].startswith(f"{letter}-")]
+        family = [row for row in judged_rows if row["id"].startswith(f"{letter}-")]
         best = max(family, key=lambda row: -math.inf if row["estimate"] is None else row["estimate"])
         better, worse = (sum(row["verdict"] == verdict for row in family) for verdict in ("confirmed", "refuted"))
         return (
@@ -238,8 +249,12 @@ def joint_answer(rows: list[ClaimRow]) -> str:
             f"highest mean is {best['id'].partition('-')[2]}'s, {interval_text(best['estimate'], best['ci95'])}"
         )
 
-    alike = [row["verdict"] == "confirmed" for row in rows if row["margin"] is not None]
+    judged_rows = [row for row in rows if row["verdict"] != "not run"]
+    if not judged_rows:
+        return f"Joint training was not run ({MAKES['controls']})."
+    alike = [row["verdict"] == "confirmed" for row in judged_rows if row["margin"] is not None]
     sampled = summary("J1", "In sampled reward at equal SFT loss")
     same = f"No more than {REWARD_MARGIN:g} of reward apart, either way: {sum(alike)} of {len(alike)}"
     greedy = summary("J2", "In greedy reward")
-    return f"{sampled}. {same}. {greedy}. (Means over {rows[0]['seeds']} seeds with 95 % intervals; Holm's correction.)"
+    of_means = f"(Means over {judged_rows[0]['seeds']} seeds with 95 % intervals; Holm's correction.)"
+    return f"{sampled}. {same}. {greedy}. {of_means}"

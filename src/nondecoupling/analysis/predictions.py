@@ -321,10 +321,13 @@ def of_controls(results: Results, claims: list[ClaimRow]) -> tuple[Predictions, 
         return theory.loss_on_labels(tilted, labels) - theory.loss_on_labels(log_odds, labels)
 
     policies = same("predicted_from_policies") | {
-        "K2": mean_over_seeds(results, "sft", reward) - mean_over_seeds(results, "base", reward_after_two_rl),
-        "K4": mean_over_seeds(results, "sft-wordings", rise_by_wording),
-        "K9": mean_over_seeds(results, "sft", reward_after_proxy) - mean_over_seeds(results, "sft", reward_after_rl),
+        "K2": mean_over_seeds(results, "sft", reward) - mean_over_seeds(results, "base", reward_after_two_rl)
     }
+    if results.has("sft-wordings"):
+        policies["K4"] = mean_over_seeds(results, "sft-wordings", rise_by_wording)
+    if results.has("reward-model"):
+        reached = mean_over_seeds(results, "sft", reward_after_proxy)
+        policies["K9"] = reached - mean_over_seeds(results, "sft", reward_after_rl)
     if results.has("sft-clean"):
         policies["K6"] = mean_over_seeds(results, "sft-clean", rise_by_rl)
     if q is None:

@@ -205,7 +205,7 @@ def policies_table(results: Results, *runs: str) -> pd.DataFrame:
 
 
 def finished_controls(results: Results) -> list[str]:
-    """The runs of controls and joint training that all seeds have; verdicts wait until these are all of them."""
+    """The runs of controls and joint training that all seeds have."""
     seeds = results.metrics.groupby("run")["seed"].agg(set)
     return [run.name for run in results.study.runs_of("controls") if seeds.get(run.name) == set(results.seeds)]
 
@@ -376,8 +376,8 @@ def document_parts(results: Results) -> dict[str, str]:
     tables = [claims_table(rows_of(rows, "ABO")), policies_table(results, *STATES)]
     parts: dict[str, list[Any]] = {results.study.name: tables + ([sweep_table(sweep)] if sweep else [])}
     if others := finished_controls(results):
-        judged = "KJ" if len(others) == len(results.study.runs_of("controls")) else ""
-        tables = [claims_table(rows_of(rows, letter)) for letter in judged]
+        judged = [[row for row in rows_of(rows, letter) if row["verdict"] != "not run"] for letter in "KJ"]
+        tables = [claims_table(family) for family in judged if family]
         parts[f"{results.study.name}, controls"] = [*tables, policies_table(results, *others)]
     theory = "\n".join(f"* {sentence}" for sentence in theory_sentences(results.read("theory.json")))
     findings = markdown_table(findings_table(rows_of(rows, "ABO")))

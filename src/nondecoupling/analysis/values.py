@@ -3,7 +3,7 @@
 import pandas as pd
 
 from nondecoupling.analysis.claims import GREEDY_UNCHANGED, by_seed, change_of, share_of_bound, values_of_claims
-from nondecoupling.analysis.controls import controls_of, joint_runs, values_of_controls, values_of_joint
+from nondecoupling.analysis.controls import values_of_controls, values_of_joint
 from nondecoupling.analysis.geometry import changes_by_start, values_of_geometry
 from nondecoupling.analysis.measures import greedy_share, label_loss, label_reward
 from nondecoupling.study.plan import one_per_beta
@@ -16,10 +16,7 @@ def claim_values(results: Results) -> pd.DataFrame:
     T1 has none: it is about random problems.
     """
     found = values_of_claims(results) | values_of_theory(results)
-    of_controls = {run for claim in controls_of(results.study) for run in (claim.after, claim.before) if run}
-    for runs, values in ((of_controls, values_of_controls), (joint_runs(results.study), values_of_joint)):
-        if results.has(*runs):
-            found |= values(results)
+    found |= values_of_controls(results) | values_of_joint(results)
     if results.has(*(run.name for run in results.study.runs_of("geometry") if run.stage == "gradients")):
         found |= values_of_geometry(results, changes_by_start(results))
     tables = [pd.DataFrame({"claim": name, "seed": by.index, "value": by.to_numpy()}) for name, by in found.items()]
@@ -37,8 +34,8 @@ def values_of_theory(results: Results) -> dict[str, pd.Series]:
     found = {}
     if study.profile.rl.beta > 0:
         found = {"T2": change(label_loss, "sft-rl"), "T3": change(label_reward, "sft-rl")}
-    for run in one_per_beta(study.runs):
-        if results.has(run.name):
+    if results.has(*(run.name for run in study.runs_of("sweep"))):
+        for run in one_per_beta(study.runs):
             found[f"T4-b{run.changes['rl.beta']:g}"] = change(label_loss, run.name)
     return found | {
         "T5": share_of_bound(results),

@@ -12,7 +12,7 @@ A run that serves all seeds has rows for each of them, so that runs can be paire
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,17 +151,17 @@ def read_results(study: Study | None, folder: Path) -> Results:
     return Results(study, folder, metrics, trajectories, answers, costs, gradients, paths, provenance)
 
 
-def results_to_read(study: Study, *runs: str) -> Results:
-    """The study's tables if they are there and have ``runs``, else those of its committed reference.
+def results_to_read(study: Study, *runs: str, any_of: Collection[str] = ()) -> Results:
+    """The study's tables if they have ``runs`` and one of ``any_of``, if given, else those of its committed reference.
 
     Raises FileNotFoundError that says what to run where neither has them.
     """
     for folder in (folders.study_folder(study), folders.reference_folder(study)):
         if (folder / PROVENANCE).exists():
             results = read_results(study, folder)
-            if results.has(*runs):
+            if results.has(*runs) and (not any_of or any(map(results.has, any_of))):
                 return results
-    groups = [*({study.run(run).group for run in runs} - {"main"}), "main"]
+    groups = [*({study.run(run).group for run in (*runs, *any_of)} - {"main"}), "main"]
     raise FileNotFoundError(
         f"{folders.study_folder(study)} has no collected results and there is no reference of '{study.name}'; run the "
         f"study first ({MAKES[groups[0]]})."
@@ -194,14 +194,14 @@ def write_results(results: Results) -> None:
     folders.write_json(results.folder / PROVENANCE, {**results.provenance, "tables": hashes})
 
 
-def collect(study: Study, seeds: list[int], groups: Collection[str]) -> Results:
-    """The tables of the finished runs of some groups of the plan.
+def collect(study: Study, seeds: list[int], runs: Sequence[Run]) -> Results:
+    """The tables of some finished runs of the plan.
 
     Raises FileNotFoundError for a run that is missing, RuntimeError for one that is beside another parent than its own.
     """
     root = folders.study_folder(study)
     records: Records = {}
-    for run in study.runs_of(*groups):
+    for run in runs:
         for seed in seeds:
             folder = folders.require_complete(folders.run_folder(root, run, seed), "Collecting results")
             records[run.name, seed] = folders.read_json(folder / folders.METRICS)

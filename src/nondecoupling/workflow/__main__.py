@@ -67,7 +67,7 @@ def run_part(args: Arguments) -> None:
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}, but seeds are 0 or more.")
     if args.run in summaries(args.study.profile):
-        part = next(part for part in graph.parts_of(args.study, args.seeds, graph.GROUPS) if part.name == args.run)
+        part = next(part for part in graph.parts_of(args.study, args.seeds, args.study.runs) if part.name == args.run)
     else:
         part = graph.run_part(args.study, args.run, args.seed)
     notebooks.quiet_environment(args.study, args.jobs)
@@ -83,10 +83,10 @@ def run_part(args: Arguments) -> None:
 
 
 def make_tables(args: Arguments) -> None:
-    """Collect the finished runs into the study's tables."""
+    """Collect both experiments, and what else is finished for all seeds, into the study's tables."""
     from nondecoupling.study.results import collect, write_results
 
-    write_results(collect(args.study, args.seeds, graph.finished_groups(args.study, args.seeds)))
+    write_results(collect(args.study, args.seeds, graph.runs_in(args.study, args.seeds, ["main"])))
 
 
 def make_report(args: Arguments) -> None:

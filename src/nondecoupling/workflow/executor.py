@@ -21,13 +21,12 @@ from nondecoupling.study.plan import Group
 from nondecoupling.study.study import Study, load_profile, parse_seeds
 from nondecoupling.workflow import carry, kernels
 from nondecoupling.workflow.graph import (
-    GROUPS,
     REPORT,
     TABLES,
     Part,
     earlier_studies,
-    finished_groups,
     parts_of,
+    runs_in,
     stale_parts,
     write_settings,
 )
@@ -61,8 +60,8 @@ def commands_of_runs(study: Study, seeds: list[int], words: Sequence[str]) -> li
 
     For a batch system that calls no make. Settings files are written as make's, so that make finds the runs finished.
     """
-    parts = [part for part in parts_of(study, seeds, GROUPS) if part.target.endswith(folders.METRICS)]
-    write_settings(study, parts, seeds, GROUPS)
+    parts = [part for part in parts_of(study, seeds, study.runs) if part.target.endswith(folders.METRICS)]
+    write_settings(study, parts, seeds)
     stale = stale_parts(folders.study_folder(study), parts)
     return [f"{command_of(part, words)}  # {study.run(part.name).group}" for part in stale]
 
@@ -82,11 +81,10 @@ def make_study(
     RuntimeError if something failed, after all that does not need it is done.
     """
     root = folders.study_folder(study)
-    groups = list(dict.fromkeys([*groups, *finished_groups(study, seeds)]))
-    parts = parts_of(study, seeds, groups)
+    parts = parts_of(study, seeds, runs_in(study, seeds, groups))
     goal = goal_of(root, parts, target) if target else "study"
     with alone(root):
-        write_settings(study, parts, seeds, groups)
+        write_settings(study, parts, seeds)
         rules = write_rules(root, parts, words)
         fetch_inputs(study)
         for name, changed in earlier_studies(study).items():

@@ -5,13 +5,13 @@ Every target is a file in the study's folder, named relative to it, so that no p
 
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nondecoupling.study import folders
 from nondecoupling.study.fingerprint import PACKAGE, code_hashes, fingerprint, kind_of, notebook_of
-from nondecoupling.study.plan import MAKES, SUMMARIES, Group, summaries
+from nondecoupling.study.plan import MAKES, SUMMARIES, Group, Run, summaries
 from nondecoupling.study.study import Study, inputs_of
 
 GROUPS: tuple[Group, ...] = ("main", "sweep", "controls", "geometry")
@@ -66,30 +66,32 @@ def run_part(study: Study, name: str, seed: int) -> Part:
     return Part(name, None if run.once else seed, targets[0], targets[1:], [])
 
 
-def parts_of(study: Study, seeds: list[int], groups: Collection[str]) -> list[Part]:
-    """All parts of a study's ``groups``, each after those that it needs."""
+def parts_of(study: Study, seeds: list[int], runs: Sequence[Run]) -> list[Part]:
+    """The parts that are ``runs``, parents before children, and what is made of all of them, each after what it needs.
+
+    Controls are judged as far as they were run, geometry when all of its runs are there.
+    """
     by_run = {
-        run.name: [run_part(study, run.name, seed) for seed in (seeds[:1] if run.once else seeds)]
-        for run in study.runs_of(*groups)
+        run.name: [run_part(study, run.name, seed) for seed in (seeds[:1] if run.once else seeds)] for run in runs
     }
+    readable = {"controls": any(run.group == "controls" for run in runs)}
+    readable["geometry"] = {run.name for run in study.runs_of("geometry")} <= by_run.keys()
     once = [part for of_run in by_run.values() for part in of_run if part.seed is None]
     each = [part for seed in seeds for of_run in by_run.values() for part in of_run if part.seed == seed]
-    runs = [*once, *each]
-    tables = Part(TABLES, None, folders.PROVENANCE, [part.target for part in runs], [])
-    parts = [*runs, tables]
+    executed = [*once, *each]
+    tables = Part(TABLES, None, folders.PROVENANCE, [part.target for part in executed], [])
+    parts = [*executed, tables]
     for name, read in summaries(study.profile).items():
-        if name in groups or name not in GROUPS:
+        if readable.get(name, True):
             read_runs = {run.name for run in study.runs_of(*read)}
-            needs = [part.target for part in runs if part.name in read_runs]  # one seed after the other, as make goes
+            needs = [part.target for part in executed if part.name in read_runs]  # a seed after the other, as make goes
             if name == "claims":
                 needs += [part.target for part in parts if part.name in SUMMARIES]
             parts.append(Part(name, None, f"{name}.json", needs, [tables.target]))
     return [*parts, Part(REPORT, None, "report.html", ["claims.json"], [])]
 
 
-def settings_of_parts(
-    study: Study, parts: list[Part], seeds: list[int], groups: Collection[str]
-) -> dict[str, dict[str, Any]]:
+def settings_of_parts(study: Study, parts: list[Part], seeds: list[int]) -> dict[str, dict[str, Any]]:
     """What decides each part besides what it needs: settings and code, and for what is made of all runs which they are.
 
     By the part's name. Each notebook is read once.
@@ -98,11 +100,12 @@ def settings_of_parts(
     kinds = {name: kind_of(study, name) for name in names if name not in CODE_OF}
     code = {kind: code_hashes(notebook_of(kind)) for kind in set(kinds.values())}
     of_tables = {path: hashed(PACKAGE / path) for path in CODE_OF[TABLES]}
+    runs = [name for name in names if name not in CODE_OF and name not in SUMMARIES]
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         if name in CODE_OF:
             own = {path: hashed(PACKAGE / path) for path in CODE_OF[name]}
-            found[name] = {"code": own, "seeds": seeds, "groups": sorted(groups)}
+            found[name] = {"code": own, "seeds": seeds, "runs": runs}
         elif name in SUMMARIES:
             found[name] = fingerprint(study, name, code[kinds[name]] | of_tables) | {"seeds": seeds}
         else:
@@ -141,12 +144,12 @@ def beside_other_parents(study: Study, root: Path, parts: list[Part]) -> list[Pa
     ]
 
 
-def write_settings(study: Study, parts: list[Part], seeds: list[int], groups: Collection[str]) -> None:
+def write_settings(study: Study, parts: list[Part], seeds: list[int]) -> None:
     """Write each part's settings file where that changes what it says; age runs beside another parent than theirs.
 
     What the study reads from folders of the user's is written down, too.
     """
-    root, settings = folders.study_folder(study), settings_of_parts(study, parts, seeds, groups)
+    root, settings = folders.study_folder(study), settings_of_parts(study, parts, seeds)
     (root / "settings").mkdir(parents=True, exist_ok=True)
     if inputs := inputs_of(study.profile):
         folders.write_json(root / INPUTS, inputs)
@@ -201,17 +204,14 @@ def stale_parts(root: Path, parts: list[Part], renewed: Collection[str] = ()) ->
     return list(stale.values())
 
 
-def finished_groups(study: Study, seeds: list[int]) -> list[Group]:
-    """The groups of the plan of which all runs of ``seeds`` are finished."""
-    root = folders.study_folder(study)
-    return [
-        group
-        for group in GROUPS
-        if study.runs_of(group)
-        and all(
-            folders.is_complete(folders.run_folder(root, run, seed)) for run in study.runs_of(group) for seed in seeds
-        )
-    ]
+def runs_in(study: Study, seeds: list[int], groups: Collection[str]) -> list[Run]:
+    """The runs of some groups of the plan, and of the others those that are finished for all ``seeds``."""
+    root, found = folders.study_folder(study), {run.name for run in study.runs_of(*groups)}
+    for run in study.runs:
+        places = (folders.run_folder(root, run, seed) for seed in seeds)
+        if found.issuperset(run.parents) and all(folders.is_complete(place) for place in places):
+            found.add(run.name)
+    return [run for run in study.runs if run.name in found]
 
 
 def state_of(root: Path, part: Part, stale: Collection[str]) -> str:
@@ -229,7 +229,7 @@ def status_lines(study: Study, seeds: list[int]) -> list[str]:
     """The study's runs and seeds as a grid, and for each group what is missing and what makes it."""
     root = folders.study_folder(study)
     parts = [run_part(study, run.name, seed) for run in study.runs for seed in (seeds[:1] if run.once else seeds)]
-    renewed = renewed_settings(root, parts, settings_of_parts(study, parts, seeds, GROUPS))
+    renewed = renewed_settings(root, parts, settings_of_parts(study, parts, seeds))
     orphans = [part.target for part in beside_other_parents(study, root, parts)]
     stale = {*orphans, *(part.target for part in stale_parts(root, parts, renewed))}
     width = max(len(run.name) for run in study.runs)

@@ -153,7 +153,7 @@ def printed_sample(found: Results) -> str:
     Numbers are those of ``found``; of the replications that make reproduce runs, the last but one has just had its RL.
     """
     study = found.study
-    parts = parts_of(study, parse_seeds(study.profile.seeds), ["main"])
+    parts = parts_of(study, parse_seeds(study.profile.seeds), study.runs_of("main"))
     notebooks = [part for part in parts if part.name not in (TABLES, REPORT_PART)]
     done = 1 + max(place for place, part in enumerate(notebooks[: -len(study.runs_of("main"))]) if part.name == "rl")
     seconds = pd.Series(
