@@ -26,15 +26,25 @@ def test_every_configuration_is_measured(built_base, monkeypatch, configuration)
     assert 1e6 < cost["peak_memory_bytes"] < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def test_steps_are_timed_without_the_first_run_and_without_evaluations():
-    costs = {1: (100.0, 0.0), 4: (10.0, 2.0)}  # the first step of a process takes long
+@pytest.mark.parametrize(("first", "expected"), [(9.0, [1, 4]), (11.0, [1, 1])])
+def test_steps_are_timed_without_the_first_run_and_only_one_where_they_are_long(first, expected):
+    taken = []
 
-    def train(steps):
-        seconds, evaluation = costs.pop(steps)
-        return SimpleNamespace(training={"wall_seconds": seconds, "evaluation_seconds": evaluation})
+    def run(steps):
+        taken.append(steps)
+        return first if len(taken) == 1 else 2.0 * steps
 
-    assert bench.seconds_per_step(train, lambda steps: steps, steps=4) == 2.0
-    assert costs == {}
+    assert bench.seconds_per_step(run, steps=4) == 2.0
+    assert taken == expected
+
+
+def test_evaluations_are_not_counted(monkeypatch):
+    trained = SimpleNamespace(training={"wall_seconds": 10.0, "evaluation_seconds": 2.0})
+    for stage in ("sft", "rl"):
+        monkeypatch.setattr(f"nondecoupling.training.{stage}.train_{stage}", lambda _: trained)
+    monkeypatch.setattr(bench, "short_stage", lambda *_: None)
+    cost = bench.measure_ours(tiny(), None, None, 4)
+    assert (cost["sft_seconds_per_step"], cost["rl_seconds_per_step"]) == (2.0, 2.0)
 
 
 def test_the_median_of_the_rounds_counts_and_a_failure_is_not_hidden():
