@@ -21,6 +21,15 @@ def closed():
     plt.close("all")
 
 
+def test_names_move_apart_and_keep_their_order():
+    wanted, gaps = np.array([0.1, 0.11, 0.12, 0.9]), np.array([0.05, 0.1, 0.05])
+    places = figures.moved_apart(wanted, gaps)
+    assert (np.diff(places) >= gaps - 1e-12).all()
+    assert places[-1] == pytest.approx(0.9)  # what is free stays where it is
+    assert places[0] < 0.1 < places[2]  # the others move both ways
+    assert figures.moved_apart([0.3], []).tolist() == [0.3]
+
+
 def test_bands_are_the_tables_intervals():
     values = [0.1, 0.4, 0.2]
     path = pd.DataFrame({"run": "sft", "seed": range(3), "step": 0, "sft_loss": values})

@@ -133,25 +133,30 @@ def draw_mean(axes: Axes, x: float, y: OverSeeds, **style) -> None:
     axes.errorbar(x, y["mean"], [[y["mean"] - low], [high - y["mean"]]], capsize=3, **{"color": MEASURED, **style})
 
 
+def moved_apart(wanted: ArrayLike, gaps: ArrayLike) -> np.ndarray:
+    """Places (n,) in the order of the ascending ``wanted``, neighbours no closer than ``gaps`` (n - 1,)."""
+    steps = np.concatenate([[0], np.cumsum(gaps)])
+    free = np.asarray(wanted) - steps
+    upwards, downwards = np.maximum.accumulate(free), np.minimum.accumulate(free[::-1])[::-1]
+    return (upwards + downwards) / 2 + steps  # the mean of both keeps the gaps
+
+
 def label_ends(axes: Axes, ends: dict[str, tuple[float, Any]]) -> None:
     """Names of curves at their right ends, from the value and the colour of each; moved apart. Call it last."""
-    free = -np.inf  # above what is named already
-    for text, (value, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
-        half = 0.035 * (1 + text.count("\n"))
-        place = axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], value)))[1]
-        place = max(place, free + half)
-        free = place + half
-        axes.text(1.02, place, text, color=ink(colour), transform=axes.transAxes, va="center", fontsize=9)
+    names = sorted(ends, key=lambda name: ends[name][0])
+    to_axes, right = axes.transAxes.inverted().transform, axes.get_xlim()[1]
+    wanted = [to_axes(axes.transData.transform((right, ends[name][0])))[1] for name in names]
+    halves = np.array([0.034 + 0.024 * name.count("\n") for name in names])
+    for name, place in zip(names, moved_apart(wanted, halves[1:] + halves[:-1]), strict=True):
+        axes.text(1.02, place, name, color=ink(ends[name][1]), transform=axes.transAxes, va="center", fontsize=9)
 
 
 def label_points(axes: Axes, points: dict[str, tuple[float, float, Any]]) -> None:
     """Names of points (x, y, colour) in a column at the right, each with a thin line to its point. Call it last."""
     names = sorted(points, key=lambda name: points[name][1])
     to_axes = axes.transAxes.inverted().transform
-    wanted = np.array([to_axes(axes.transData.transform(points[name][:2]))[1] for name in names])
-    steps = LABEL_GAP * np.arange(len(names))
-    upwards, downwards = np.maximum.accumulate(wanted - steps), np.minimum.accumulate((wanted - steps)[::-1])[::-1]
-    for name, place in zip(names, (upwards + downwards) / 2 + steps, strict=True):  # the mean of both keeps the gap
+    wanted = [to_axes(axes.transData.transform(points[name][:2]))[1] for name in names]
+    for name, place in zip(names, moved_apart(wanted, [LABEL_GAP] * (len(names) - 1)), strict=True):
         x, y, colour = points[name]
         line = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.6}
         axes.annotate(
@@ -386,8 +391,7 @@ def draw_experiments(trajectories: pd.DataFrame, rows: list[ClaimRow], majority:
         base = trajectories[(trajectories["run"] == first) & (trajectories["step"] == 0)]
         level, words = (base["sft_loss"].mean(), "base model") if first == "sft" else (majority, "majority answer")
         axes.axhline(level, color="0.45", linestyle=":", linewidth=1.2)
-        axes.annotate(words, (2, level), (-4, 4), textcoords="offset points", ha="right", fontsize=9, color="0.35")
-        label_ends(axes, ends)
+        label_ends(axes, ends | {words: (level, "0.35")})
     return figure
 
 
@@ -416,8 +420,7 @@ def draw_plane(
         axes.plot(*end, "o", color=COLOURS[run], markersize=9, markeredgecolor="white")
         names[NAMES[run]] = *end, COLOURS[run]
     axes.axhline(majority, color="0.45", linestyle=":", linewidth=1.2, zorder=0)
-    place = axes.get_xlim()[0], majority
-    axes.annotate("majority answer", place, (4, 3), textcoords="offset points", fontsize=9, color="0.35")
+    names["majority answer"] = axes.get_xlim()[1], majority, "0.35"
     axes.set(xlabel="SFT loss on dev, nats per response (left is better)")
     axes.set(ylabel="reward of sampled answers on dev (up is better)")
     last = mean.groupby("run")["sft_loss"].last()
@@ -633,12 +636,12 @@ def draw_frontier(axes: Axes, q: ArrayLike, beta: float) -> None:
     name = f"ideal RL from there, β = {beta:g}:\nJ {reward - low:+.3f} at L {loss - level:+.3f} nats"
     axes.plot(loss, reward, "s", color=COLOURS["sft-rl"], markersize=10, label=name)
     for text, (x, y), colour in (
-        ("RL", (level + 0.14 * (loss - level), low + 0.55 * height), COLOURS["sft-rl"]),
+        ("RL", (level + 0.35 * (loss - level), low + 0.55 * height), COLOURS["sft-rl"]),
         ("SFT", (loss, low + 0.5 * height), COLOURS["sft"]),
         ("decoding ", (level, low + 0.75 * height), "0.3"),
     ):
         side = "right" if text.endswith(" ") else "left"
-        axes.text(x, y, text, color=ink(colour), weight="bold", ha=side)
+        axes.text(x, y, text, color=ink(colour), weight="bold", ha=side, fontsize=10)
     axes.set(xlim=(left, level + width), ylim=(bottom, top))
     axes.set(xlabel="SFT loss L, nats per response", ylabel="reward J of sampled answers")
 
