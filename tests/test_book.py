@@ -11,7 +11,8 @@ from nondecoupling.pages import book
 def home(tmp_path, monkeypatch):
     """A small repository."""
     texts = {
-        "README.md": "# Home\n\n[a](docs/a.md), the [report](results/reference/x/report.html)\n",
+        "README.md": "# Home\n\n[a](docs/a.md), the [report](results/reference/x/report.html)\n\n<picture>\n"
+        '<source srcset="b.svg">\n<img alt="all" src="results/reference/x/figures/a.png">\n</picture>\n',
         "CONTRIBUTING.md": "# How\n",
         "docs/a.md": "# A\n\n[home](../README.md), [all](../results)\n",
         "notebooks/1.ipynb": '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}',
@@ -32,6 +33,7 @@ def test_everything_is_in_the_contents_and_links_lead_to_pages(home, tmp_path):
     listed = [line for line in index.splitlines() if "/" in line and "[" not in line]
     assert listed == ["notebooks/1", "reports/x", "docs/a", "docs/new"]
     assert "the [report](reports/x.md)" in index
+    assert "\n\n![all](results/reference/x/figures/a.png)\n" in index
     assert (tmp_path / "docs" / "a.md").read_text() == "# A\n\n[home](../index.md), all\n"
     report = tmp_path / "extra" / "reports" / "x"
     assert '<a href="../../notebooks/1.html">' in (report / "report.html").read_text()

@@ -43,6 +43,7 @@ CHAPTER_LINK = r'href="(?:\.\./)+notebooks/(\w+)\.ipynb"'  # of a committed repo
 BESIDE = ("figures/*.png", "*.json")  # to which it links, too
 # What pages link to besides each other: a reader gets a copy of such a file.
 LINKED = ("results", "src", "tests", "CITATION.cff", "Dockerfile")
+PICTURE = r'<picture>.*?<img alt="(.+?)" src="(.+?)">.*?</picture>'  # whose files Sphinx would not copy
 # Where pages of the book stand for what the repository has in their places.
 PLACES = {r"\.\./README\.md": "../index.md", r"results/reference/([\w-]+)/report\.html": rf"{REPORTS}/\1.md"}
 
@@ -58,7 +59,8 @@ def in_the_book(path: Path) -> str:
     def unless_folder(link: re.Match[str]) -> str:
         return link[1] if (path.parent / link[2]).is_dir() else link[0]
 
-    text = re.sub(r"\[([^]]+)\]\(([^)]+)\)", unless_folder, path.read_text(encoding="utf-8"))
+    text = re.sub(PICTURE, r"![\1](\2)", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"\[([^]]+)\]\(([^)]+)\)", unless_folder, text)
     for pattern, place in PLACES.items():
         text = re.sub(pattern, place, text)
     return text

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from nondecoupling.analysis import agreement
+from nondecoupling.analysis.figures import PORTRAIT
 from nondecoupling.analysis.tables import claims_text, document_parts, rows_of, seconds_of, verdicts_sentence
 from nondecoupling.pages.report import REPORT, content_of, notebooks_beside, render_report
 from nondecoupling.study import folders, results
@@ -20,6 +21,7 @@ from nondecoupling.workflow.graph import REPORT as REPORT_PART
 from nondecoupling.workflow.graph import TABLES, parts_of
 from nondecoupling.workflow.rules import rules_table
 
+ON_PHONES = ("experiments", "story")  # figures of the README, which shows phones another copy
 DOCUMENTS = [folders.REPOSITORY / "README.md", *sorted((folders.REPOSITORY / "docs").glob("*.md"))]
 
 
@@ -109,7 +111,7 @@ def make_reference(study: Study, seeds: list[int]) -> None:
 def publish_reference(found: Results, rules: pd.DataFrame, reference: Path) -> None:
     """Write the reference's files: the tables, what was made from them, and one replication of an embedded model."""
     shutil.rmtree(reference, ignore_errors=True)
-    (reference / "figures").mkdir(parents=True)
+    reference.mkdir(parents=True)
     answers = found.answers if found.study.profile.data.generated else found.answers.assign(sentence="")
     provenance: Any = without_paths(found.provenance)
     results.write_results(replace(found, folder=reference, answers=answers, provenance=provenance))
@@ -120,8 +122,11 @@ def publish_reference(found: Results, rules: pd.DataFrame, reference: Path) -> N
     content = content_of(replace(found, provenance=provenance))
     beside = {"agreement": None, "notebooks": notebooks_beside(replace(found, folder=reference))}
     folders.write_text(reference / REPORT, render_report(content | beside))
-    for path in (found.folder / "figures").glob("*.png"):
-        shutil.copy(path, reference / "figures" / path.name)
+    drawn, shown = found.folder / "figures", reference / "figures"
+    (shown / PORTRAIT).mkdir(parents=True)
+    for path in (*drawn.glob("*.png"), *(drawn / PORTRAIT / f"{name}.svg" for name in ON_PHONES)):
+        if path.exists():
+            shutil.copy(path, shown / path.relative_to(drawn))
     rules.to_csv(reference / "rules.csv", index=False)
     if found.study.profile.pretrains:
         for run in found.study.runs_of("main")[1:]:  # not the data
