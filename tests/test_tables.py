@@ -177,8 +177,10 @@ def test_who_pays_and_the_crossing_are_said_with_their_numbers():
     )
     assert tables.theory_sentences({"who_pays": [], "uninformed": None, "crossing": None}) == []
     nowhere = {"measured": None, "by_seed": [None, None]}
-    assert tables.theory_sentences({"who_pays": [], "uninformed": None, "crossing": nowhere}) == [
-        "RL after SFT ends at the base's SFT loss at no β of the sweep."
+    swept = [sweep_entry(), sweep_entry(varied="32 answers"), sweep_entry(is_half=True), sweep_entry(beta=2.0)]
+    assert tables.theory_sentences({"who_pays": [], "uninformed": None, "crossing": nowhere, "sweep": swept}) == [
+        "RL after SFT ends at the base's SFT loss at no β of the sweep; it changes the loss by +0.100 [+0.090, +0.110] "
+        "nats at β = 0.1 (own belief +0.500), +0.100 [+0.090, +0.110] nats at β = 2 (own belief +0.500)."
     ]
 
 

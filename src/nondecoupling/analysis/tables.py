@@ -258,7 +258,15 @@ def theory_sentences(content: TheoryFile) -> list[str]:
         )
     crossing = content["crossing"]
     if crossing and not crossing["measured"]:
-        found.append("RL after SFT ends at the base's SFT loss at no β of the sweep.")
+        rises = [
+            f"{shown(entry['change_of_loss']['measured'])} nats at β = {entry['beta']:g} (own belief "
+            f"{entry['change_of_loss']['own_belief']:+.3f})"
+            for entry in content["sweep"] or []
+            if not (entry["varied"] or entry["is_half"])
+        ]
+        found.append(
+            f"RL after SFT ends at the base's SFT loss at no β of the sweep; it changes the loss by {', '.join(rises)}."
+        )
     elif crossing:
         crossed = sum(beta is not None for beta in crossing["by_seed"])
         found.append(
