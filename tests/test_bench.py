@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -77,12 +78,43 @@ class Obstacle:
 )
 def test_a_configuration_that_fails_is_a_row_that_says_why(monkeypatch, base, limit, why):
     monkeypatch.setattr(bench, "LIMIT", limit)
-    failed = bench.measured_apart(tiny(), "9-bit", base, None, 1)
+    failed = bench.measured_apart(bench.measure, tiny(), "9-bit", base, None, 1)
     assert failed == {"failed": why}
     entry = {"random_weights": True, "measured": {"8-bit": failed}}
     row = bench.bench_table({"m": {"machine": "M", "memory_of": "host", "profiles": {"p": entry}}}).iloc[0]
     assert row["profile"] == "p, random weights"
     assert row[bench.SFT_COLUMN] == why
+
+
+PARTS = ["data", "base", "sft", "sft-rl", "rl", "rl-sft", "tables", "theory", "claims", "report"]
+
+
+def test_a_replication_runs_as_a_plain_script_of_the_notebooks_cells():
+    start = time.perf_counter()
+    took = bench.measured_apart(bench.seconds_of_parts, tiny(), "tiny", bench.SCRIPT)
+    assert list(took) == PARTS
+    assert sum(took.values()) < time.perf_counter() - start
+    assert min(took["base"], took["rl"]) > 0.1  # which train
+
+
+def test_a_replication_runs_as_notebooks_in_the_order_of_make(monkeypatch):
+    executed = []
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", "")
+    monkeypatch.setattr(bench, "warm_kernels", nullcontext)
+    monkeypatch.setattr(bench, "execute", lambda study, part, options: executed.append((part.name, options["profile"])))
+    monkeypatch.setattr(bench.results, "collect", lambda *_: None)
+    monkeypatch.setattr(bench.results, "write_results", lambda _: None)
+    monkeypatch.setattr("nondecoupling.pages.report.write_report", lambda _: None)
+    assert list(bench.seconds_of_parts(tiny(), "tiny", bench.NOTEBOOKS)) == PARTS
+    assert executed == [(name, "tiny") for name in PARTS if name not in ("tables", "report")]
+
+
+def test_the_parts_are_a_table_that_says_what_notebooks_cost():
+    parts = {bench.NOTEBOOKS: {"data": 3.0, "sft": 12.0, "spread": {}}, bench.SCRIPT: {"data": 2.0, "sft": 10.0}}
+    text = bench.parts_text({"m": {"machine": "M", "profiles": {"nano": {"parts": parts}, "x": {"measured": {}}}}})
+    assert text.startswith("M, one replication of `nano`: notebooks cost 25% more.")
+    assert "| plain script | 2.0 | 10.0 | 12.0 |" in text
+    assert bench.parts_text({}) == ""
 
 
 def test_random_weights_keep_the_shape(built_base, tmp_path):
@@ -99,3 +131,5 @@ def test_the_documents_show_what_was_measured():
     text = (folders.REPOSITORY / "docs" / "paper-setting.md").read_text(encoding="utf-8")
     shown = text.partition(bench.BEGIN)[2].partition(bench.END)[0]
     assert shown.strip() == markdown_table(bench.bench_table(bench.committed_machines()))
+    parts = text.partition(bench.BEGIN_PARTS)[2].partition(bench.END_PARTS)[0]
+    assert parts.strip() == bench.parts_text(bench.committed_machines())

@@ -43,17 +43,19 @@ def check_parameters(notebook: Path, parameters: dict[str, Any]) -> None:
             raise ValueError(f"{notebook.name}: parameter '{name}' is {value!r}, but must be of type {kind}.")
 
 
+def parameters_of(part: Part, options: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the notebook that makes ``part``: the study's ``options``, and which run and seed it is."""
+    run = {} if part.name in (*SUMMARIES, "data") else {"run": part.name}
+    return options | run | ({} if part.seed is None else {"seed": part.seed})
+
+
 def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
     """Execute the notebook that makes ``part`` with ``options``, publish both, and return the file that now exists.
 
     Raises ValueError before a kernel starts for bad parameters, RuntimeError naming the kept notebook if a cell fails.
     """
     root, notebook = folders.study_folder(study), notebook_of(kind_of(study, part.name))
-    parameters = dict(options)
-    if part.name not in (*SUMMARIES, "data"):
-        parameters["run"] = part.name
-    if part.seed is not None:
-        parameters["seed"] = part.seed
+    parameters = parameters_of(part, options)
     # Without it papermill's validator starts two seconds sooner, and no field of a notebook is an IRI to be checked.
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     check_parameters(notebook, parameters)
