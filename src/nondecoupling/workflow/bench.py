@@ -26,7 +26,7 @@ from nondecoupling.study.study import Study, study_of, with_overrides
 from nondecoupling.task import hub
 from nondecoupling.workflow.graph import REPORT, TABLES, parts_of
 from nondecoupling.workflow.kernels import warm_kernels
-from nondecoupling.workflow.notebooks import execute, parameters_of, quiet_environment
+from nondecoupling.workflow.notebooks import execute, parameters_of, quiet_environment, quiet_libraries
 
 FOLDER = folders.REPOSITORY / "results" / "bench"
 CONFIGURATIONS = {
@@ -279,6 +279,7 @@ def seconds_of_parts(study: Study, profile: str, how: str) -> dict[str, float]:
 
 def answer(end: Connection, function: Callable[..., dict[str, Any]], *arguments: Any) -> None:
     """Send what ``function`` returns, or why it failed, through ``end``."""
+    quiet_libraries()
     try:
         end.send(function(*arguments))
     except Exception as error:  # whatever the libraries raise costs one row, and not the others

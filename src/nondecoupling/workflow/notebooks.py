@@ -5,6 +5,7 @@ Every parameter is checked before a kernel starts. A notebook that fails keeps i
 """
 
 import atexit
+import logging
 import os
 import re
 import shutil
@@ -127,6 +128,12 @@ def quiet_environment(study: Study, jobs: int) -> None:
         **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads),
         "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled here, and importing the compiler takes a second
     }
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Nothing from bitsandbytes, which peft imports, about kernels for 4-bit weights, which are not used here."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def usable_cores() -> int:
