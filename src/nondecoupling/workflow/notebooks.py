@@ -165,7 +165,10 @@ def renew_committed(study: Study) -> None:
             notebook.metadata.pop("widgets", None)  # of the last execution; explore's come anew
             place = {"metadata": {"path": str(NOTEBOOKS)}}
             NotebookClient(notebook, kernel_name="python3", resources=place, coalesce_streams=True).execute()
-            for cell in notebook.cells:
-                cell.metadata.pop("execution", None)  # times of day, which would make every diff long
+            for cell in notebook.cells:  # times of day and addresses in memory would make every diff long
+                cell.metadata.pop("execution", None)
+                for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+                    if "text/plain" in data:
+                        data["text/plain"] = re.sub("0x[0-9a-f]{6,}", "ADDRESS", data["text/plain"])
             nbformat.write(notebook, path)
             print(f"{path.name} · {time.perf_counter() - start:.0f} s", flush=True)
