@@ -297,7 +297,9 @@ def cost_sentence(results: Results) -> str:
     parts = []
     for group, what in words.items():
         runs = [run.name for run in results.study.runs if run.group == group]
-        total = seconds[results.costs["run"].isin(runs)].sum()
+        finished = results.costs["run"].isin(runs)
+        total, done = seconds[finished].sum(), results.costs.loc[finished, "run"].nunique()
+        what = what if done == len(runs) else f"{done} of {len(runs)} runs of {what}"
         if total:
             mean = total / len(results.seeds)
             parts.append(f"{mean:.0f} s for {what}" if mean < 600 else f"{mean / 60:.0f} minutes for {what}")

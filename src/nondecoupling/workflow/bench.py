@@ -12,6 +12,7 @@ import re
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
@@ -45,6 +46,7 @@ LIMIT = 1800  # seconds for one configuration
 STEPS = 4  # to average over, after one that warms up
 LONG = 10  # seconds of a first step, from which on one more is enough
 ROUNDS = 3  # in each of which every configuration is measured once
+LONG_ROUND = 600  # seconds, from which on one round is enough
 
 
 def machine_name() -> str:
@@ -280,6 +282,7 @@ def seconds_of_parts(study: Study, profile: str, how: str) -> dict[str, float]:
 def answer(end: Connection, function: Callable[..., dict[str, Any]], *arguments: Any) -> None:
     """Send what ``function`` returns, or why it failed, through ``end``."""
     quiet_libraries()
+    warnings.simplefilter("ignore")  # about metrics of one sentence, which nobody reads
     try:
         end.send(function(*arguments))
     except Exception as error:  # whatever the libraries raise costs one row, and not the others
@@ -344,7 +347,10 @@ def run_bench(study: Study, random_weights: bool) -> None:
             weights = "random weights of its exact shape"
         print(f"{study.name} on {name}, {weights}: {len(chosen)} configurations, {ROUNDS} rounds", flush=True)
         rounds: dict[str, list[dict[str, Any]]] = {configuration: [] for configuration in chosen}
+        start = time.perf_counter()
         for number in range(ROUNDS):
+            if number and time.perf_counter() - start > LONG_ROUND:
+                break
             for configuration in chosen:
                 rounds[configuration].append(measured_apart(measure, study, configuration, base, data, STEPS))
                 print(f"round {number + 1}, {configuration}: {rounds[configuration][-1]}", flush=True)
