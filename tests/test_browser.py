@@ -108,7 +108,7 @@ def report_file(tmp_path, monkeypatch):
     monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path))
     study = load_study("nano")
     root = shutil.copytree(folders.reference_folder(study), tmp_path / study.name)
-    (root / "figures" / figures.PORTRAIT).mkdir()
+    (root / "figures" / figures.PORTRAIT).mkdir(exist_ok=True)
     for path in (root / "figures").glob("*.png"):
         picture = base64.b64encode(path.read_bytes()).decode()
         width, height = struct.unpack(">II", path.read_bytes()[16:24])

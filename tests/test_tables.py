@@ -214,21 +214,22 @@ def timed(found, seconds, gpu=None):
 def test_the_cost_of_a_replication_is_a_mean_by_group_of_what_was_run():
     found, main = results_of(load_study("nano")), {"base": [30, 60, 90], "rl-sft": 2.4}
     assert tables.cost_sentence(timed(found, main)) == (
-        "On one core (a CPU) a seed took 62 s for both experiments, besides the start of each notebook "
+        "On one core (a CPU) a seed took 62 s for 2 of 6 runs of both experiments, besides the start of each notebook "
         "(mean of 3); a run took at most 0.5 GiB."
     )
-    assert "a seed took 20 minutes for both" in tables.cost_sentence(timed(found, {"base": 1200}))
-    everything = main | {"sft-sft": 5, "joint-m0.2": 6, "sft-rl-b5": 7, "sft-rl-b5-half": [8, 8, 11]}
+    assert "a seed took 20 minutes for 1 of 6 runs of both" in tables.cost_sentence(timed(found, {"base": 1200}))
+    whole = {run.name: 3 for run in found.study.runs_of("main", "sweep")}
+    everything = whole | {"sft-sft": 5, "joint-m0.2": 6, "base": [30, 60, 90]}
     assert tables.cost_sentence(timed(found, everything, gpu="a GPU")).startswith(
-        "On a GPU a seed took 62 s for both experiments, 11 s for controls and joint training, 16 s for other "
-        "betas, besides"
+        f"On a GPU a seed took 75 s for both experiments, 11 s for 2 of {len(found.study.runs_of('controls'))} runs of "
+        f"controls and joint training, {3 * len(found.study.runs_of('sweep'))} s for other betas, besides"
     )
 
 
 def test_a_run_that_serves_all_replications_costs_each_its_part():
     found = timed(results_of(load_study("nano")), {"base": 60, "sft": 10})
     once = found.costs.drop(index=[1, 2])  # one row of the base
-    assert " took 30 s for both" in tables.cost_sentence(replace(found, costs=once))
+    assert " took 30 s for 2 of 6 runs of both" in tables.cost_sentence(replace(found, costs=once))
 
 
 def test_verdicts_of_two_studies_stand_side_by_side():

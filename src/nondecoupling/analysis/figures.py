@@ -777,9 +777,10 @@ def draw_crossing(crossing: Crossing) -> Figure:
     """L after RL minus the base's L against beta, measured and predicted, and the beta at which it crosses zero."""
     figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
     sweep = [point for point in crossing["points"] if point["run"] != "sft-rl"]
-    ends = {}
+    by_beta = {point["beta"]: point for point in reversed(crossing["points"])}  # the sweep's where there are two
+    predicted, ends = [by_beta[beta] for beta in sorted(by_beta, reverse=True)], {}
     for key, text, colour in (("perfect_learner", "perfect learner", PERFECT), ("own_belief", "own belief", OWN)):
-        known = [(point["beta"], point[key]) for point in sweep if point[key] is not None]  # type: ignore[literal-required]
+        known = [(point["beta"], point[key]) for point in predicted if point[key] is not None]  # type: ignore[literal-required]
         if known:
             axes.plot(*zip(*known, strict=True), color=colour, marker="D", fillstyle="none")
             ends[text] = (known[-1][1], colour)
@@ -798,9 +799,9 @@ def draw_crossing(crossing: Crossing) -> Figure:
         count = sum(beta is not None for beta in seeds)
         where = f"{shown(found, '.2f')} ({count} of {len(seeds)} seeds cross)"
         title = f"RL after SFT ends at the base's SFT loss at β* = {where}"
-    axes.set_yscale("symlog", linthresh=0.2)
+        axes.set_yscale("symlog", linthresh=0.2)
     axes.set(xscale="log", xlabel="β, reward per nat of KL (falling)", ylabel="SFT loss after RL - base's, nats")
-    axes.set_xticks([point["beta"] for point in sweep], [f"{point['beta']:g}" for point in sweep])
+    axes.set_xticks(list(by_beta), [f"{beta:g}" for beta in by_beta])
     axes.minorticks_off()
     axes.invert_xaxis()
     axes.set_title(title, fontsize=11)
