@@ -91,7 +91,7 @@ PARTS = ["data", "base", "sft", "sft-rl", "rl", "rl-sft", "tables", "theory", "c
 
 def test_a_replication_runs_as_a_plain_script_of_the_notebooks_cells():
     start = time.perf_counter()
-    took = bench.measured_apart(bench.seconds_of_parts, tiny(), "tiny", bench.SCRIPT)
+    took = bench.measured_apart(bench.seconds_of_parts, tiny(), bench.SCRIPT)
     assert list(took) == PARTS
     assert sum(took.values()) < time.perf_counter() - start
     assert min(took["base"], took["rl"]) > 0.1  # which train
@@ -105,7 +105,7 @@ def test_a_replication_runs_as_notebooks_in_the_order_of_make(monkeypatch):
     monkeypatch.setattr(bench.results, "collect", lambda *_: None)
     monkeypatch.setattr(bench.results, "write_results", lambda _: None)
     monkeypatch.setattr("nondecoupling.pages.report.write_report", lambda _: None)
-    assert list(bench.seconds_of_parts(tiny(), "tiny", bench.NOTEBOOKS)) == PARTS
+    assert list(bench.seconds_of_parts(tiny(), bench.NOTEBOOKS)) == PARTS
     assert executed == [(name, "tiny") for name in PARTS if name not in ("tables", "report")]
 
 
@@ -115,6 +115,19 @@ def test_the_parts_are_a_table_that_says_what_notebooks_cost():
     assert text.startswith("M, one replication of `nano`: notebooks cost 25% more.")
     assert "| plain script | 2.0 | 10.0 | 12.0 |" in text
     assert bench.parts_text({}) == ""
+    broken = {"nano": {"parts": parts | {bench.SCRIPT: {"failed": "why"}}}}
+    text = bench.parts_text({"m": {"machine": "M", "profiles": broken}})
+    assert text == "M, one replication of `nano`: plain script failed: why."
+
+
+@pytest.mark.parametrize(("late", "rounds"), [(3600, bench.ROUNDS), (-1, 1)])
+def test_tasks_take_turns_and_no_round_begins_late(monkeypatch, late, rounds):
+    taken = []
+    monkeypatch.setattr(bench, "LATE", late)
+    monkeypatch.setattr(bench, "measured_apart", lambda name: taken.append(name) or {"seconds": len(taken)})
+    found = bench.in_rounds({"one": ("a",), "two": ("b",)})
+    assert taken == ["a", "b"] * rounds
+    assert found["one"]["seconds"] == rounds  # the median of 1, 3, 5, or of 1
 
 
 def test_random_weights_keep_the_shape(built_base, tmp_path):

@@ -144,10 +144,8 @@ def test_rows_that_were_run_have_the_ids_of_those_that_were_not():
 def test_controls_are_judged_as_far_as_they_were_run():
     whole = results(changes={"sft-rl": {"sft_loss": [0.6, 0.61, 0.62]}, "sft-sft": {"sft_loss": [0.4, 0.4, 0.41]}})
     kept = {"base", "sft", "sft-rl", "rl", "rl-sft", "sft-sft", "joint-m0.5"}
-    found = replace(
-        whole,
-        **{name: table[table["run"].isin(kept)] for name in ("metrics", "answers") for table in [getattr(whole, name)]},
-    )
+    metrics, answers = (table[table["run"].isin(kept)] for table in (whole.metrics, whole.answers))
+    found = replace(whole, metrics=metrics, answers=answers)
     rows = controls.judge_controls(found, [A1])
     assert [row["id"] for row in rows] == list(controls.OBJECTIONS)
     run = {row["id"]: row for row in rows if row["verdict"] != "not run"}

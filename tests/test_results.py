@@ -193,6 +193,9 @@ def test_without_tables_the_reference_is_read_and_left_alone(tmp_path, monkeypat
 def test_the_study_is_read_where_it_has_what_is_asked_for(study):
     results.write_results(results.collect(study, SEEDS, study.runs_of("main")))
     assert results.results_to_read(study, "sft", "rl").own
+    assert results.results_to_read(study, "sft", any_of=["rl-rl", "rl"]).own
+    with pytest.raises(FileNotFoundError, match=r"no reference of 'tiny'.*make controls"):
+        results.results_to_read(study, "sft", any_of=["rl-rl", "sft-sft"])
     with pytest.raises(FileNotFoundError, match=r"no reference of 'tiny'.*make controls"):
         results.results_to_read(study, "sft", "rl-rl")
     with pytest.raises(KeyError, match="no answers of 'rl-rl', seed 3"):

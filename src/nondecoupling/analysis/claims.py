@@ -263,7 +263,7 @@ def found_by_each(values: pd.DataFrame, claims: list[Claim], few: int) -> pd.Dat
 
     ``values`` are the quantities (seeds, claims), in the order of ``claims``, which are one family. A row per choice,
     by the rule of `judged` and `corrected_family`, for all choices at once; what does not exist in a chosen seed is
-    undecided. (`statistics.holm` takes some 20 ms for a family, hence minutes for the choices of five seeds of twenty.)
+    undecided. (`statistics.holm` is for one family; here are thousands.)
     """
     chosen = np.array(list(combinations(range(len(values)), few)))
     beyond = (values - [claim.than for claim in claims]).to_numpy()[chosen]  # (choices, few, claims)

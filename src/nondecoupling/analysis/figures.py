@@ -778,7 +778,8 @@ def draw_crossing(crossing: Crossing) -> Figure:
     figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
     sweep = [point for point in crossing["points"] if point["run"] != "sft-rl"]
     by_beta = {point["beta"]: point for point in reversed(crossing["points"])}  # the sweep's where there are two
-    predicted, ends = [by_beta[beta] for beta in sorted(by_beta, reverse=True)], {}
+    predicted = [by_beta[beta] for beta in sorted(by_beta, reverse=True)]
+    ends = {}
     for key, text, colour in (("perfect_learner", "perfect learner", PERFECT), ("own_belief", "own belief", OWN)):
         known = [(point["beta"], point[key]) for point in predicted if point[key] is not None]  # type: ignore[literal-required]
         if known:

@@ -46,7 +46,7 @@ LIMIT = 1800  # seconds for one configuration
 STEPS = 4  # to average over, after one that warms up
 LONG = 10  # seconds of a first step, from which on one more is enough
 ROUNDS = 3  # in each of which every configuration is measured once
-LONG_ROUND = 600  # seconds, from which on one round is enough
+LATE = 600  # seconds, after which no further round begins
 
 
 def machine_name() -> str:
@@ -245,7 +245,7 @@ def run_as_script(notebook: Path, parameters: dict[str, Any]) -> None:
     exec(compile(source, notebook.name, "exec"), {"__name__": "__main__", "display": display})
 
 
-def seconds_of_parts(study: Study, profile: str, how: str) -> dict[str, float]:
+def seconds_of_parts(study: Study, how: str) -> dict[str, float]:
     """Seconds of each part of one replication of both experiments, alone on the machine; ``how`` says as what.
 
     The first part has the imports of a plain script, and of notebooks those of the first kernel, which start while the
@@ -257,7 +257,7 @@ def seconds_of_parts(study: Study, profile: str, how: str) -> dict[str, float]:
     from nondecoupling.study.fingerprint import kind_of, notebook_of
 
     matplotlib.use("agg")
-    options = {"profile": profile, "data": "", "model": "", "overrides": {}}
+    options = {"profile": study.profile.name, "data": "", "model": "", "overrides": {}}
     took: dict[str, float] = {}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -316,6 +316,22 @@ def median_of(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: statistics.median(values) for name, values in every.items()} | {"spread": spread}
 
 
+def in_rounds(tasks: dict[str, tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
+    """`median_of` what each task measures; they take turns, for up to `ROUNDS`, none of which begins after `LATE`.
+
+    A task is what `measured_apart` is given.
+    """
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
+    start = time.perf_counter()
+    for number in range(ROUNDS):
+        if number and time.perf_counter() - start > LATE:
+            break
+        for name, task in tasks.items():
+            rounds[name].append(measured_apart(*task))
+            print(f"round {number + 1}, {name}: {rounds[name][-1]}", flush=True)
+    return {name: median_of(found) for name, found in rounds.items()}
+
+
 def run_bench(study: Study, random_weights: bool) -> None:
     """Measure every configuration, write this machine's file, print the table and renew the documents'."""
     from nondecoupling.workflow.reference import write_between
@@ -346,21 +362,9 @@ def run_bench(study: Study, random_weights: bool) -> None:
         if random_weights:
             weights = "random weights of its exact shape"
         print(f"{study.name} on {name}, {weights}: {len(chosen)} configurations, {ROUNDS} rounds", flush=True)
-        rounds: dict[str, list[dict[str, Any]]] = {configuration: [] for configuration in chosen}
-        start = time.perf_counter()
-        for number in range(ROUNDS):
-            if number and time.perf_counter() - start > LONG_ROUND:
-                break
-            for configuration in chosen:
-                rounds[configuration].append(measured_apart(measure, study, configuration, base, data, STEPS))
-                print(f"round {number + 1}, {configuration}: {rounds[configuration][-1]}", flush=True)
-    measured = {configuration: median_of(costs) for configuration, costs in rounds.items()}
-    parts: dict[str, list[dict[str, Any]]] = {NOTEBOOKS: [], SCRIPT: []}
+        measured = in_rounds({name: (measure, study, name, base, data, STEPS) for name in chosen})
     whole = settings.pretrains and not study.chosen  # of a profile as it is, one replication takes a minute or two
-    for number in range(ROUNDS if whole else 0):
-        for how, took in parts.items():
-            took.append(measured_apart(seconds_of_parts, study, settings.name, how))
-            print(f"round {number + 1}, a replication, {how}: {took[-1]}", flush=True)
+    parts = in_rounds({how: (seconds_of_parts, study, how) for how in (NOTEBOOKS, SCRIPT)}) if whole else {}
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.json"
     content = folders.read_json(path) if path.exists() else {"profiles": {}}
@@ -369,7 +373,7 @@ def run_bench(study: Study, random_weights: bool) -> None:
     content |= {"machine": machine, "memory_of": memory_of}
     content["profiles"][study.name] = {"random_weights": random_weights, "packages": packages, "measured": measured}
     if whole:
-        content["profiles"][study.name]["parts"] = {how: median_of(took) for how, took in parts.items()}
+        content["profiles"][study.name]["parts"] = parts
     folders.write_json(path, content)
     write_between(BEGIN, END, markdown_table(bench_table(committed_machines())))
     write_between(BEGIN_PARTS, END_PARTS, parts_text(committed_machines()))
@@ -416,12 +420,17 @@ def parts_text(machines: dict[str, dict[str, Any]]) -> str:
     for content in machines.values():
         for profile, entry in content["profiles"].items():
             if "parts" in entry:
+                title = f"{content['machine']}, one replication of `{profile}`"
+                if failed := [
+                    f"{how} failed: {took['failed']}" for how, took in entry["parts"].items() if "failed" in took
+                ]:
+                    said.append(f"{title}: {'; '.join(failed)}.")
+                    continue
                 table = pd.DataFrame(entry["parts"]).drop(index="spread", errors="ignore").T.astype(float)
                 table["all"] = table.sum(axis=1)
                 more = table.loc[NOTEBOOKS, "all"] / table.loc[SCRIPT, "all"] - 1
                 shown = table.map("{:.1f}".format).rename_axis("seconds").reset_index()
-                title = f"{content['machine']}, one replication of `{profile}`: notebooks cost {more:.0%} more."
-                said.append(f"{title}\n\n{markdown_table(shown)}")
+                said.append(f"{title}: notebooks cost {more:.0%} more.\n\n{markdown_table(shown)}")
     return "\n\n".join(said)
 
 

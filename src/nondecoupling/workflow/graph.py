@@ -209,7 +209,7 @@ def runs_in(study: Study, seeds: list[int], groups: Collection[str]) -> list[Run
     root, found = folders.study_folder(study), {run.name for run in study.runs_of(*groups)}
     for run in study.runs:
         places = (folders.run_folder(root, run, seed) for seed in seeds)
-        if found.issuperset(run.parents) and all(folders.is_complete(place) for place in places):
+        if run.name not in found and found.issuperset(run.parents) and all(map(folders.is_complete, places)):
             found.add(run.name)
     return [run for run in study.runs if run.name in found]
 
