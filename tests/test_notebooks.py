@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from nbclient.exceptions import DeadKernelError
 
 from nondecoupling.study import folders
 from nondecoupling.study.fingerprint import NOTEBOOKS, code_of, kind_of, notebook_of
@@ -97,6 +98,8 @@ def test_a_good_command_reaches_the_notebook_with_its_parameters(results, calls,
 def test_a_failing_notebook_leaves_its_traceback_and_no_result(results, tmp_path, capsys, monkeypatch, warm_server):
     for name, address in warm_server.items():
         monkeypatch.setenv(name, address)
+    # A free TCP port that is chosen for a kernel may be another's when it opens it.
+    monkeypatch.setattr("jupyter_client.connect.localhost", lambda: pytest.fail("the kernel is spoken to through TCP"))
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "in_domain_train.tsv").write_text("x\t1\t\tFine.\nx\tmaybe\t\tHm.\n")
@@ -126,19 +129,25 @@ def test_a_failing_notebook_leaves_its_traceback_and_no_result(results, tmp_path
     assert graph.status_lines(mended, [0])[1].split() == ["data", "~"]  # make has not noted what it depends on
 
 
-def test_a_kernel_that_dies_is_said_with_what_saves_memory(results, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (DeadKernelError("Kernel died"), "its kernel died, most likely for want of memory; use JOBS=1"),
+        (RuntimeError("No reply"), "its kernel did not start (No reply); the same command tries again"),
+    ],
+)
+def test_a_kernel_that_dies_or_does_not_start_is_said_with_what_helps(error, words, results, monkeypatch, capsys):
     import papermill
-    from nbclient.exceptions import DeadKernelError
 
     def execute_notebook(notebook, working, *_, **__):
         folders.write_text(Path(working), "{}")
-        raise DeadKernelError("Kernel died")
+        raise error
 
     monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
     partial = results / "nano" / "seed0" / "sft.partial"
     partial.mkdir(parents=True)
     assert main(["run", "--run", "sft"]) == 1
-    assert "03_sft.ipynb failed: its kernel died, most likely for want of memory; use JOBS=1" in capsys.readouterr().err
+    assert f"03_sft.ipynb failed: {words}" in capsys.readouterr().err
     assert [path.name for path in partial.parent.iterdir()] == ["sft.failed.ipynb"]
 
 

@@ -44,6 +44,22 @@ PRELOADED = [
 ]
 INLINE = "module://matplotlib_inline.backend_inline"  # what ipykernel sets for a matplotlib that is yet to be imported
 MESSAGE_BYTES = 1 << 20  # above the largest that a socket takes
+PATH_BYTES = 100  # below the longest name that every system allows a socket
+
+
+@contextmanager
+def own_sockets() -> Iterator[Any]:
+    """Jupyter's configuration for one kernel that is spoken to through files in a folder of its own.
+
+    Jupyter's default is five free TCP ports, which it chooses some time before the kernel opens them: where many
+    kernels start side by side, another may have one by then. It stays the default where the folder's name is too long.
+    """
+    from traitlets.config import Config
+
+    with tempfile.TemporaryDirectory() as folder:
+        name = str(Path(folder) / "kernel")
+        fits = len(os.fsencode(name)) < PATH_BYTES
+        yield Config({"KernelManager": {"transport": "ipc", "ip": name}} if fits else {})
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from nondecoupling.study.fingerprint import NOTEBOOKS, kind_of, notebook_of
 from nondecoupling.study.plan import SUMMARIES
 from nondecoupling.study.study import Study, nearest
 from nondecoupling.workflow.graph import Part
-from nondecoupling.workflow.kernels import warm_kernels
+from nondecoupling.workflow.kernels import own_sockets, warm_kernels
 
 MEMORY_ADVICE = "use JOBS=1, or lower sft.rows_per_pass, rl.rows_per_pass or evaluation.batch_size (SET=...)"
 # How kernels start, in a kernel specification of our own: without a warning about TCP that every kernel prints, and one
@@ -70,23 +70,26 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
     partial = place.with_name(f"{place.name}.partial")
     os.environ[folders.EXECUTED] = "1"
     try:
-        execute_notebook(
-            str(notebook),
-            str(working),
-            parameters,
-            kernel_name="python3",
-            progress_bar=False,
-            coalesce_streams=True,  # what a cell prints is one output
-            cwd=str(NOTEBOOKS),
-        )
-    except (PapermillExecutionError, DeadKernelError) as error:
+        with own_sockets() as sockets:
+            execute_notebook(
+                str(notebook),
+                str(working),
+                parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                coalesce_streams=True,  # what a cell prints is one output
+                cwd=str(NOTEBOOKS),
+                config=sockets,
+            )
+    except (PapermillExecutionError, RuntimeError) as error:
         os.replace(working, failed)
         shutil.rmtree(partial, ignore_errors=True)
-        reason = (
-            f"{error.ename}: {error.evalue}"
-            if isinstance(error, PapermillExecutionError)
-            else f"its kernel died, most likely for want of memory; {MEMORY_ADVICE}"
-        )
+        if isinstance(error, PapermillExecutionError):
+            reason = f"{error.ename}: {error.evalue}"
+        elif isinstance(error, DeadKernelError):
+            reason = f"its kernel died, most likely for want of memory; {MEMORY_ADVICE}"
+        else:
+            reason = f"its kernel did not start ({error}); the same command tries again"
         raise RuntimeError(f"{notebook.name} failed: {reason}\n  see {failed}") from None
     finally:
         del os.environ[folders.EXECUTED]
@@ -164,7 +167,10 @@ def renew_committed(study: Study) -> None:
             notebook = nbformat.read(path, as_version=4)
             notebook.metadata.pop("widgets", None)  # of the last execution; explore's come anew
             place = {"metadata": {"path": str(NOTEBOOKS)}}
-            NotebookClient(notebook, kernel_name="python3", resources=place, coalesce_streams=True).execute()
+            with own_sockets() as sockets:
+                NotebookClient(
+                    notebook, kernel_name="python3", resources=place, coalesce_streams=True, config=sockets
+                ).execute()
             for cell in notebook.cells:  # times of day and addresses in memory would make every diff long
                 cell.metadata.pop("execution", None)
                 for data in (output.get("data", {}) for output in cell.get("outputs", [])):
