@@ -27,7 +27,9 @@ from trainers import train, trainer_of
 SHORT = {
     "data.expect": "any",  # its first rows
     "model.dtype": "float32",
+    "prompt.max_new_tokens": 4,  # one more than the longer answer
     "sft.steps": 20,
+    "sft.batch_size": 8,
     "sft.learning_rate": 3.0e-2,
     "rl.steps": 3,
     "rl.prompts_per_step": 4,
@@ -36,8 +38,8 @@ SHORT = {
     "joint.prompts_per_step": 2,
     "reward_model.steps": 2,
     "evaluation.points": 2,
-    "evaluation.along_size": 20,
-    "evaluation.train_size": 20,
+    "evaluation.along_size": 12,
+    "evaluation.train_size": 12,
 }
 PLAIN = Model(folder=None, quantization="none", dtype="float32")
 EIGHT_BIT = Model(folder=None, quantization="8bit", dtype="float32")
@@ -65,7 +67,7 @@ def small_cola(cola, tmp_path_factory):
     """The first rows of CoLA's files: enough for a few steps."""
     folder = tmp_path_factory.mktemp("data") / "cola"
     folder.mkdir()
-    for name, rows in (("in_domain_train.tsv", 800), ("in_domain_dev.tsv", 40)):
+    for name, rows in (("in_domain_train.tsv", 800), ("in_domain_dev.tsv", 24)):
         lines = (cola / name).read_text(encoding="utf-8").splitlines(keepends=True)[:rows]
         (folder / name).write_text("".join(lines), encoding="utf-8")
     return folder
@@ -160,7 +162,7 @@ def test_only_linear_layers_are_held_in_eight_bits(small_qwen):
 def test_evaluation_does_not_depend_on_the_batch_size(small_qwen, small_cola):
     table, settings = corpus.read_file(small_cola / "in_domain_dev.tsv"), load_study("paper").profile
     tokenizer, model = models.load_tokenizer(small_qwen), models.load_base(small_qwen, PLAIN)
-    one, many = (predict(model, tokenizer, settings.prompt, table, size, seed=0) for size in (7, 40))
+    one, many = (predict(model, tokenizer, settings.prompt, table, size, seed=0) for size in (7, 24))
     for column in ("logp_acceptable", "logp_unacceptable"):
         np.testing.assert_allclose(one[column], many[column], atol=2e-5)
     assert one["greedy"].equals(many["greedy"])
@@ -186,9 +188,9 @@ def test_sft_teaches_the_format(stages):
     first, last = outcome.trajectory.iloc[0], outcome.trajectory.iloc[-1]
     assert first["label_mass"] < 0.01
     assert last["label_mass"] > 0.3
-    assert last["n"] == 20  # of the 40 sentences, along the way; the final metrics are on all
+    assert last["n"] == 12  # of the 24 sentences, along the way; the final metrics are on all
     metrics = folders.read_json(folder / folders.METRICS)
-    assert metrics["evaluation"]["dev"]["n"] == 40
+    assert metrics["evaluation"]["dev"]["n"] == 24
     assert metrics["provenance"]["model"]["id"] == "qwen3"
     json.dumps(metrics, allow_nan=False)
 
