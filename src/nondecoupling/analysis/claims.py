@@ -97,7 +97,7 @@ CLAIMS = [
     ),
     Claim("O3", "(ours) RL after SFT ranks sentences worse", "auroc", "sft-rl", "sft", -1),
 ]
-A2_NOTE = "true of a beta, not of RL: see the curve over beta and where it crosses the base (chapter 7)"
+FORMAT_COST = 0.1  # nats that a base loses by other answers than those asked for, from which on A2 says so
 GREEDY_SUFFICES = Claim(
     "T6",
     "(ours) Greedy decoding of the SFT policy has RL's whole gain of reward: share of it",
@@ -235,7 +235,17 @@ def values_of_claims(results: Results) -> dict[str, pd.Series]:
 def judge_claims(results: Results) -> list[ClaimRow]:
     """The rows of the paper's claims, and of ours beside them."""
     predicted = predictions.for_perfect_learner(results), predictions.from_policies(results)
-    return judged_family(results, CLAIMS, values_of_claims(results), predicted, {"A2": A2_NOTE})
+    return judged_family(results, CLAIMS, values_of_claims(results), predicted, {"A2": base_note(results)})
+
+
+def base_note(results: Results) -> str:
+    """What A2 depends on: the price of the KL, where the curve over it is, and a base that words its answers freely."""
+    swept = ", see the curve over β in chapter 7" if one_per_beta(results.study.runs) else ""
+    base = results.final("base")[["sft_loss", "label_loss"]].mean()
+    lost = base["sft_loss"] - base["label_loss"]
+    of_format = f"; {lost:.2f} of the base's {base['sft_loss']:.2f} nats are for answers in other words"
+    depends = f"depends on the base and on β, here {results.study.profile.rl.beta:g}{swept}"
+    return depends + (of_format if lost >= FORMAT_COST else "")
 
 
 def judged_family(
@@ -287,9 +297,11 @@ def collapses(results: Results) -> dict[str, str]:
 
 
 def collapse_note(claim: Claim, fallen: dict[str, str]) -> str:
-    """Where the policies of ``claim`` have collapsed; empty if nowhere."""
+    """Where the policies of ``claim`` have collapsed, and whether that leaves a fall to show; empty if nowhere."""
     runs = [run for run in (claim.before, claim.after) if run in fallen]
-    return ", ".join(f"{NAMES.get(run, run)} collapsed to one answer in {fallen[run]}" for run in runs)
+    said = [f"{NAMES.get(run, run)} collapsed to one answer in {fallen[run]}" for run in runs]
+    nothing_to_lower = ["which leaves no skill to lower"] if claim.sign < 0 and claim.before in fallen else []
+    return ", ".join(said + nothing_to_lower)
 
 
 def compare_sentences(results: Results, seed: int, before: str, after: str) -> dict[str, Any]:
@@ -386,7 +398,7 @@ def statement_row(
 
 def sweep_rows(results: Results, content: TheoryFile) -> Iterable[ClaimRow]:
     """T4: T2 at other betas, a row per beta of the plan; runs that are there to explain others have none."""
-    notes = {True: "", False: "training had not settled", None: "whether training had settled is unknown"}
+    notes = {True: [], False: ["training had not settled"], None: ["whether training had settled is unknown"]}
     entries = {entry["run"]: entry for entry in content["sweep"] or []}
     for run in one_per_beta(results.study.runs):
         beta, steps = run.changes["rl.beta"], run.changes["rl.steps"]
@@ -404,5 +416,5 @@ def sweep_rows(results: Results, content: TheoryFile) -> Iterable[ClaimRow]:
             interval_of(change["measured"], n),
             verdict_of_amount(gap, own),
             predicted_from_policies=own,
-            note=notes[entry["settled"]],
+            note="; ".join([*notes[entry["settled"]], f"log-odds moved {entry['slope']['mean']:.2f} of what was asked"]),
         )

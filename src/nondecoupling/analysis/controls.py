@@ -89,7 +89,7 @@ OBJECTIONS = {
     "K1e": "Does further training of the same kind raise the loss at all?",
     "K2": "Is the fall of the reward just what more training of any kind does?",
     "K3": "Is it the true reward that costs SFT loss, or the distance that RL goes?",
-    "K3r": "Does a policy that goes as far, for no true reward, earn as much?",
+    "K3r": "Does RL for random labels raise the true reward, too?",
     "K4": "Does the sign rule hold where RL pays for what the demonstrations do not show?",
     "K5": "Does the fall of the reward need a whole stage of SFT?",
     "K6": "Is the rise a law? The paper's theorem knows no rise where all demonstrations earn the top reward.",

@@ -3,7 +3,7 @@
 The paper's v2 adds an optimal duration of RL, a threshold at which RL improves SFT, and a bound on the misalignment of
 the two gradients. They are known here from its abstract only; what is tested is our reconstruction, and none of its
 verdicts is the paper's. Rules were written when the gradients of one replication had been seen (seed 0, at `base`,
-`sft` and `sft-rl`), and G4 and G6 changed after a whole trial on seed 100, which is not reported.
+`sft` and `sft-rl`) and the runs that G3 restates were known, and G4 and G6 changed after a whole trial on seed 100, which is not reported.
 
 Losses (nats over the two labels) and rewards are in expectation over annotators where q(x) is known, else on the labels
 as given. L* is the least loss there is, the mean of H(q(x)).
@@ -342,8 +342,19 @@ def judge_geometry(results: Results, changes: pd.DataFrame | None) -> list[Claim
         SECOND_ORDER, mean_interval(values["G1"]), verdict_of_amount(gap, EARLY), predicted_from_policies=EARLY
     )
     why = "only studies with a base of their own begin RL between base and SFT"
-    rows = [judged(claim, values[claim.id]) if claim.id in values else not_run(claim, why) for claim in CLAIMS]
+    notes = {} if changes is None else {"G4": [constant_note(changes)]}
+    rows = [
+        judged(claim, values[claim.id], notes.get(claim.id, ())) if claim.id in values else not_run(claim, why)
+        for claim in CLAIMS
+    ]
     return corrected_family([first, *rows])
+
+
+def constant_note(changes: pd.DataFrame) -> str:
+    """How often the sign of G4 would be foretold by one who always says the same."""
+    hurts = (changes["measured"] > 0).mean()
+    always = "hurts" if hurts >= 0.5 else "helps"
+    return f"who always says that it {always} is right about {max(hurts, 1 - hurts):.3f}"
 
 
 def geometry_not_run(study: Study) -> list[ClaimRow]:
@@ -369,19 +380,21 @@ def geometry_file(results: Results) -> GeometryFile:
 
 
 def duration_sentence(content: GeometryFile) -> str:
-    """What the early part of RL costs, and until where the start knew it."""
+    """What a first gain of reward costs on the way of plain ascent, beside GRPO, and until where the start knew it."""
     duration, [first] = content["duration"], [row for row in content["claims"] if row["id"] == "G1"]
     free, gain = duration["free_share"], duration["gain_of_rl"]["mean"]
     if free is None:
-        return "RL gained no reward here, so that there is nothing to stop early."
+        return "RL gained no reward here, so that nothing is to be said of its price."
     said = {
-        "confirmed": "and the SFT policy alone knew that cost",
-        "refuted": "and the SFT policy alone did not know that cost",
-    }.get(first["verdict"], "and whether the SFT policy alone knew that cost is undecided")
+        "confirmed": "The SFT policy alone knew what such a start costs",
+        "refuted": "The SFT policy alone did not know what such a start costs",
+    }.get(first["verdict"], "Whether the SFT policy alone knew what such a start costs is undecided")
     return (
-        f"**Stop early:** the first {shown(free, '.0%')} of RL's gain of reward ({gain:+.3f}) cost {FREE:g} nats of SFT"
-        f" loss, the whole of it {shown(duration['rise_by_rl'])}, {said}: where it predicts a rise of {EARLY:g} nats,"
-        f" the loss had risen by {interval_text(first['estimate'], first['ci95'], '.3f')}."
+        f"**How long:** along plain ascent on the exact reward, {shown(free, '.0%')} of GRPO's gain of reward"
+        f" ({gain:+.3f}) cost {FREE:g} nats of SFT loss; all that GRPO gained came with"
+        f" {shown(duration['rise_by_rl'])}. {said}: where it predicts a rise of {EARLY:g} nats, the loss had risen by"
+        f" {interval_text(first['estimate'], first['ci95'], '.3f')}. GRPO does not go that way: what a shorter GRPO"
+        f" buys is K11's question (chapter 8)."
     )
 
 
@@ -396,7 +409,7 @@ def threshold_sentence(content: GeometryFile) -> str:
         turn = "does not turn"
         if zero["measured"]:
             of_all = f"{zero['turning']} of {content['claims'][0]['seeds']} seeds"
-            turn = f"turns at L - L* = {shown(zero['measured'], '.3f')} in {of_all}"
+            turn = f"turns, by a straight line between starts, at L - L* = {shown(zero['measured'], '.3f')} in {of_all}"
         known = f" (refitted belief: {shown(zero['refitted_belief'], '.3f')})" if zero["refitted_belief"] else ""
         parts.append(f"* β = {zero['beta']:g}: RL changes the SFT loss by {ends}; its sign {turn}{known}.")
     return "\n".join(parts)

@@ -71,8 +71,8 @@ def draw_duration(duration: Duration) -> Figure:
     )
     axes.axhline(FREE, color="0.6", linewidth=1, linestyle=":")
     share = duration["free_share"]
-    said = f"{share['mean']:.0%} of RL's gain" if share else "None of RL's gain, for RL gained nothing,"
-    axes.set_title(f"{said} costs less than {FREE:g} nats", loc="left", weight="bold")
+    said = f"Plain ascent has {share['mean']:.0%} of GRPO's gain" if share else "GRPO gained nothing, and plain ascent that"
+    axes.set_title(f"{said} for {FREE:g} nats", loc="left", weight="bold")
     axes.set(xlabel="gain of reward since SFT", ylabel="rise of the SFT loss, nats")
     axes.set_xlim(right=1.35 * max(points["reward"].max(), gain["mean"]))
     label_ends(axes, ends)
@@ -124,7 +124,7 @@ def title_of_threshold(threshold: Threshold) -> str:
     if turning:
         highest = max(turning, key=lambda zero: zero["beta"])
         least = highest["measured"]["mean"]  # type: ignore[index]
-        return f"At β = {highest['beta']:g} RL lowers the SFT loss only beyond {least:.2f} nats above the least"
+        return f"At β = {highest['beta']:g} RL lowers the SFT loss only beyond about {least:.1g} nats above the least"
     raised = [point["measured"]["mean"] > 0 for point in threshold["points"]]
     if all(raised):
         return "RL raises the SFT loss from every start"

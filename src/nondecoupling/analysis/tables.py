@@ -276,6 +276,17 @@ def theory_sentences(content: TheoryFile) -> list[str]:
     return found
 
 
+def clean_sentence(rows: list[ClaimRow]) -> list[str]:
+    """What RL costs where annotators never disagree (K6), if that was run."""
+    return [
+        f"With annotators who never disagree, RL after SFT changes the SFT loss by "
+        f"{interval_text(row['estimate'], row['ci95'])} nats (own belief {row['predicted_from_policies']:+.3f})"
+        f"{': disagreement is not all that RL sharpens' if row['verdict'] == 'refuted' else ''} (K6)."
+        for row in rows
+        if row["id"] == "K6" and row["verdict"] != "not run"
+    ]
+
+
 def seconds_of(costs: pd.DataFrame) -> pd.Series:
     """How long each run took, its measurements included."""
     started, finished = (costs[end].map(datetime.fromisoformat) for end in ("started", "finished"))
@@ -335,7 +346,9 @@ def quick_look_sentence(results: Results) -> str:
 def runs_sentence(results: Results) -> str:
     """How many of the plan's runs are finished, and how many policies collapsed."""
     planned = sum(1 if run.once else len(results.seeds) for run in results.study.runs)
+    once = [run.name for run in results.study.runs if run.once]
     policies = results.final()
+    policies = policies[~(policies["run"].isin(once) & policies.duplicated("run"))]
     return (
         f"{len(results.costs)} of {planned} runs of the plan finished, for {len(results.seeds)} seeds; "
         f"{int(is_collapsed(policies).sum())} of {len(policies)} policies collapsed."
@@ -383,13 +396,15 @@ def document_parts(results: Results) -> dict[str, str]:
         shown_tables = claims_table(rows_of(rows, "ABOM")), cells_table(labels).reset_index()
         return {results.study.name: "\n\n".join(map(markdown_table, shown_tables))}
     sweep: list[SweepEntry] | None = results.read("theory.json")["sweep"]
-    tables = [claims_table(rows_of(rows, "ABO")), policies_table(results, *STATES)]
+    of_theory = [row for row in rows_of(rows, "T") if row["verdict"] != "not run"]
+    tables = [claims_table(rows_of(rows, "ABO")), policies_table(results, *STATES), claims_table(of_theory)]
     parts: dict[str, list[Any]] = {results.study.name: tables + ([sweep_table(sweep)] if sweep else [])}
     if others := finished_controls(results):
         judged = [[row for row in rows_of(rows, letter) if row["verdict"] != "not run"] for letter in "KJ"]
         tables = [claims_table(family) for family in judged if family]
         parts[f"{results.study.name}, controls"] = [*tables, policies_table(results, *others)]
-    theory = "\n".join(f"* {sentence}" for sentence in theory_sentences(results.read("theory.json")))
+    sentences = [*theory_sentences(results.read("theory.json")), *clean_sentence(rows)]
+    theory = "\n".join(f"* {sentence}" for sentence in sentences)
     findings = markdown_table(findings_table(rows_of(rows, "ABO")))
     words = {
         "findings": f"{findings}\n\n{theory}".strip(),

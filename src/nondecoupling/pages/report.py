@@ -87,14 +87,20 @@ def what_is_repeated(study: Study) -> str:
 
 
 def made_by(results: Results) -> list[str]:
-    """The commands that made the study, without the user's own folders."""
+    """The commands that made the study, with "folder" for the user's own; of some runs of a group it says how many."""
     study, seeds = results.study, results.seeds
     span = f"{seeds[0]}-{seeds[-1]}" if seeds == list(range(seeds[0], seeds[-1] + 1)) else ",".join(map(str, seeds))
     changed = changed_settings(load_profile(study.profile.name), study.profile)
     words = " ".join(f"{key}={value}" for key, value in changed.items() if not key.endswith("folder"))
-    options = f" PROFILE={study.profile.name} SEEDS={span}" + (f' SET="{words}"' if words else "")
-    measured = {group: [run.name for run in study.runs_of(group) if run.stage != "data"] for group in MAKES}
-    return [MAKES[group] + options for group, runs in measured.items() if runs and results.has(*runs)]
+    given = "".join(f" {name.upper()}=folder" for name in ("data", "model") if f"{name}.folder" in changed)
+    options = f" PROFILE={study.profile.name} SEEDS={span}{given}"
+    options += f' SET="{words}"' if words else ""
+    commands = []
+    for group, command in MAKES.items():
+        runs = [run.name for run in study.runs_of(group) if run.stage != "data"]
+        if done := sum(map(results.has, runs)):
+            commands.append(command + options + (f"  # {done} of its {len(runs)} runs" if done < len(runs) else ""))
+    return commands
 
 
 def notebooks_beside(results: Results) -> dict[str, str]:
