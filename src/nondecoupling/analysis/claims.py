@@ -8,9 +8,9 @@ lies on, *holds* if the whole 95 % t interval is on the claimed side and *fails*
 no difference has a margin, what still counts as none: it holds if the whole 90 % interval is within the margin (two
 one-sided tests at 5 %), and fails if it is wholly outside. All else is *inconclusive*: an interval across the bound,
 a single seed, or a p of 0.05 or more after Holm's correction over the claims that are judged together (the paper's
-with O; the theory's; the controls; joint training), which can only withdraw a verdict.
+with O; the theory's; the controls; joint training; geometry; more answers), which can only withdraw a verdict.
 
-**The words** (`worded`). The paper's claims (A, B) are *reproduced* or *not reproduced*; ours (O, T, K, J) are
+**The words** (`worded`). The paper's claims (A, B) are *reproduced* or *not reproduced*; ours (O, T, K, J, G, M) are
 *confirmed* or *refuted*. A claim whose runs are not there is *not run*. A seed in which a quantity does not exist (a
 share of a rise where nothing rose) is left out, and the note says which. A policy is *collapsed*
 (`collapse.is_collapsed`) if it has learnt the majority label and nothing else; the note says where that happened.
@@ -409,6 +409,7 @@ def sweep_rows(results: Results, content: TheoryFile) -> Iterable[ClaimRow]:
         entry = entries[run.name]
         change, n = entry["change_of_loss"], len(entry["seeds"])
         gap, own = interval_of(change["gap_to_own_belief"], n), change["own_belief"]
+        moved = f"log-odds moved {entry['slope']['mean']:.2f} of what was asked"
         yield statement_row(
             name,
             statement,
@@ -416,5 +417,5 @@ def sweep_rows(results: Results, content: TheoryFile) -> Iterable[ClaimRow]:
             interval_of(change["measured"], n),
             verdict_of_amount(gap, own),
             predicted_from_policies=own,
-            note="; ".join([*notes[entry["settled"]], f"log-odds moved {entry['slope']['mean']:.2f} of what was asked"]),
+            note="; ".join([*notes[entry["settled"]], moved]),
         )

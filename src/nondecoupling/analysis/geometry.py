@@ -3,7 +3,8 @@
 The paper's v2 adds an optimal duration of RL, a threshold at which RL improves SFT, and a bound on the misalignment of
 the two gradients. They are known here from its abstract only; what is tested is our reconstruction, and none of its
 verdicts is the paper's. Rules were written when the gradients of one replication had been seen (seed 0, at `base`,
-`sft` and `sft-rl`) and the runs that G3 restates were known, and G4 and G6 changed after a whole trial on seed 100, which is not reported.
+`sft` and `sft-rl`) and the runs that G3 restates were known, and G4 and G6 changed after a whole trial on seed 100,
+which is not reported.
 
 Losses (nats over the two labels) and rewards are in expectation over annotators where q(x) is known, else on the labels
 as given. L* is the least loss there is, the mean of H(q(x)).
@@ -93,8 +94,8 @@ CLAIMS = [
 
 
 def geometry_of(results: Results, policy: str) -> pd.DataFrame:
-    """The rows of gradients.csv of one policy, indexed by seed."""
-    table = results.gradients
+    """The rows of gradients.csv of one policy, indexed by seed; ``cosine_split`` is nan where noise left none."""
+    table = results.gradients.assign(cosine_split=results.gradients.get("cosine_split", np.nan))
     return table[table["policy"] == policy].set_index("seed")
 
 
@@ -277,8 +278,8 @@ def zeros(rows: pd.DataFrame, change: str) -> pd.Series:
 
 def zeros_of_cosine(results: Results) -> pd.Series:
     """L - L* at which the cosine of -grad L and grad J turns from positive to negative, by seed."""
-    table = results.gradients[results.gradients["policy"].isin(ALONG_SFT)]
-    cosine = table["cosine_split"].fillna(table["cosine"]) if "cosine_split" in table else table["cosine"]
+    table = pd.concat(geometry_of(results, policy).reset_index() for policy in ALONG_SFT)
+    cosine = table["cosine_split"].fillna(table["cosine"])
     return zeros(table.assign(distance=table["loss"] - table["best_loss"], opposed=-cosine), "opposed")
 
 

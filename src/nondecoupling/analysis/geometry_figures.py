@@ -71,8 +71,8 @@ def draw_duration(duration: Duration) -> Figure:
     )
     axes.axhline(FREE, color="0.6", linewidth=1, linestyle=":")
     share = duration["free_share"]
-    said = f"Plain ascent has {share['mean']:.0%} of GRPO's gain" if share else "GRPO gained nothing, and plain ascent that"
-    axes.set_title(f"{said} for {FREE:g} nats", loc="left", weight="bold")
+    said = f"Plain ascent has {share['mean']:.0%} of GRPO's gain for {FREE:g} nats" if share else "GRPO gained nothing"
+    axes.set_title(said, loc="left", weight="bold")
     axes.set(xlabel="gain of reward since SFT", ylabel="rise of the SFT loss, nats")
     axes.set_xlim(right=1.35 * max(points["reward"].max(), gain["mean"]))
     label_ends(axes, ends)

@@ -331,6 +331,8 @@ def quick_look_sentence(results: Results) -> str:
     values = pd.DataFrame(values_of_claims(results))
     each, whole = (found_by_each(values, CLAIMS, seeds) for seeds in (few, many))
     decided = whole.iloc[0][lambda side: side != 0]
+    if decided.empty:
+        return ""
     agree = each[decided.index] * decided  # 1 the same verdict, -1 the opposite, 0 none
     shares = (agree == 1).mean().sort_values(ascending=False, kind="stable")
     words = shares.map(lambda share: "all" if share == 1 else f"{min(share, 0.99):.0%}")

@@ -63,7 +63,7 @@ def find_studies() -> dict[str, Results]:
     for name, folder in found.items():
         try:
             studies[name] = read_results(None, folder)
-        except (KeyError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError) as error:
             print(f"left out: {error}")
     return {name: found for name, found in studies.items() if has_two_answers(found.study.profile)}
 
@@ -179,7 +179,7 @@ def show_live(draw: Callable[..., Any], **controls: ValueWidget) -> None:
     def drawn() -> Any:
         try:
             content = draw(**{name: control.value for name, control in controls.items()})
-        except (FileNotFoundError, ImportError, KeyError, ValueError) as error:
+        except (FileNotFoundError, ImportError, KeyError, RuntimeError, ValueError) as error:
             return HTML(f"<em>{escape(str(error))}</em>")
         if isinstance(content, Figure):
             plt.close(content)  # or it would be displayed a second time at the end of the cell

@@ -5,8 +5,10 @@ nothing: figures are inside.
 """
 
 import base64
+import json
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +93,11 @@ def made_by(results: Results) -> list[str]:
     study, seeds = results.study, results.seeds
     span = f"{seeds[0]}-{seeds[-1]}" if seeds == list(range(seeds[0], seeds[-1] + 1)) else ",".join(map(str, seeds))
     changed = changed_settings(load_profile(study.profile.name), study.profile)
-    words = " ".join(f"{key}={value}" for key, value in changed.items() if not key.endswith("folder"))
+    set_to = {key: json.dumps(value, separators=(",", ":")) for key, value in changed.items()}
+    words = " ".join(f"{key}={value}" for key, value in set_to.items() if not key.endswith("folder"))
     given = "".join(f" {name.upper()}=folder" for name in ("data", "model") if f"{name}.folder" in changed)
     options = f" PROFILE={study.profile.name} SEEDS={span}{given}"
-    options += f' SET="{words}"' if words else ""
+    options += f" SET={shlex.quote(words)}" if words else ""
     commands = []
     for group, command in MAKES.items():
         runs = [run.name for run in study.runs_of(group) if run.stage != "data"]

@@ -32,6 +32,13 @@ SUMMARIES: dict[str, tuple[Group, ...]] = {
     "labels": ("main",),
     "claims": ("main",),
 }
+DRAWS = {  # the figures that each of them saves, some only where there is something to draw
+    "theory": ("who_pays", "theory", "crossing"),
+    "controls": ("controls", "proxy", "joint"),
+    "geometry": ("duration", "threshold", "alignment", "story"),
+    "labels": ("labels",),
+    "claims": ("experiments", "experiment_a", "experiment_b", "plane", "calibration"),
+}
 OF_TWO, OF_MORE = ("theory", "controls", "geometry"), ("labels",)  # summaries of studies with so many answers
 WEIGHTS = (0.2, 0.5, 0.8)  # of the SFT loss in joint training
 SHARES = (10, 25, 50)  # per cent of SFT's steps after which RL begins, too

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from nondecoupling.study import folders
-from nondecoupling.study.plan import Group
+from nondecoupling.study.plan import SUMMARIES, Group
 from nondecoupling.study.study import Study, load_profile, parse_seeds
 from nondecoupling.workflow import carry, kernels
 from nondecoupling.workflow.graph import (
@@ -30,7 +30,7 @@ from nondecoupling.workflow.graph import (
     stale_parts,
     write_settings,
 )
-from nondecoupling.workflow.notebooks import quiet_environment
+from nondecoupling.workflow.notebooks import forget, quiet_environment
 
 RULES, LOCK = "plan.mk", ".lock"
 FINISHED = re.compile(r" · \d+:\d\d$")  # the line of a finished notebook
@@ -85,6 +85,8 @@ def make_study(
     goal = goal_of(root, parts, target) if target else "study"
     with alone(root):
         write_settings(study, parts, seeds)
+        for summary in SUMMARIES.keys() - {part.name for part in parts}:
+            forget(root, summary)
         rules = write_rules(root, parts, words)
         fetch_inputs(study)
         for name, changed in earlier_studies(study).items():
@@ -127,9 +129,11 @@ def alone(root: Path) -> Iterator[None]:
     with (root / LOCK).open("a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             raise RuntimeError(f"{root} is being made by {lock.read()}; wait for it, or stop it.") from None
+        except OSError as error:
+            print(f"{root} cannot be locked ({error.strerror}): see to it that nobody else makes this study")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()

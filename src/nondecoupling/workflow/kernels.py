@@ -125,7 +125,11 @@ def serve(address: str) -> dict[str, Any] | None:
                 client.send(b"started")
         for client, kernel in list(kernels.items()):
             if client in ready:
-                for number in client.recv(MESSAGE_BYTES) or [signal.SIGKILL]:
+                try:
+                    signals = client.recv(MESSAGE_BYTES)
+                except ConnectionResetError:  # it was killed before it had read its answer
+                    signals = b""
+                for number in signals or [signal.SIGKILL]:
                     os.killpg(kernel, number)
             ended, status = os.waitpid(kernel, os.WNOHANG)
             if ended:

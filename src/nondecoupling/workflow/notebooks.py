@@ -18,7 +18,7 @@ from typing import Any
 
 from nondecoupling.study import folders
 from nondecoupling.study.fingerprint import NOTEBOOKS, kind_of, notebook_of
-from nondecoupling.study.plan import SUMMARIES
+from nondecoupling.study.plan import DRAWS, SUMMARIES
 from nondecoupling.study.study import Study, nearest
 from nondecoupling.workflow.graph import Part
 from nondecoupling.workflow.kernels import own_sockets, warm_kernels
@@ -68,6 +68,8 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
     working, failed = (place.with_name(f"{place.name}.{end}.ipynb") for end in ("partial", "failed"))
     working.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_name(f"{place.name}.partial")
+    if part.name in SUMMARIES:
+        forget(root, part.name)
     os.environ[folders.EXECUTED] = "1"
     try:
         with own_sockets() as sockets:
@@ -99,6 +101,13 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
     else:
         folders.publish(partial, working)
     return root / part.target
+
+
+def forget(root: Path, summary: str) -> None:
+    """Remove what an earlier make wrote about ``summary``, of other seeds or runs than those that are there now."""
+    drawn = [path for name in DRAWS[summary] for path in (root / "figures").rglob(f"{name}.*")]
+    for path in (root / f"{summary}.json", root / f"{summary}.ipynb", *drawn):
+        path.unlink(missing_ok=True)
 
 
 # What a shell, a batch system or a launcher may have set, that would change numbers or wait for other processes.

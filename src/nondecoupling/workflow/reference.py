@@ -110,18 +110,19 @@ def make_reference(study: Study, seeds: list[int]) -> None:
 
 def publish_reference(found: Results, rules: pd.DataFrame, reference: Path) -> None:
     """Write the reference's files: the tables, what was made from them, and one replication of an embedded model."""
+    # A reference's report does not compare it with the one before it, and links to the chapters.
+    provenance: Any = without_paths(found.provenance)
+    content = content_of(replace(found, provenance=provenance))
+    beside = {"agreement": None, "notebooks": notebooks_beside(replace(found, folder=reference))}
+    report = render_report(content | beside)  # before anything is removed
     shutil.rmtree(reference, ignore_errors=True)
     reference.mkdir(parents=True)
     answers = found.answers if found.study.profile.data.generated else found.answers.assign(sentence="")
-    provenance: Any = without_paths(found.provenance)
     results.write_results(replace(found, folder=reference, answers=answers, provenance=provenance))
     for name in (*(f"{summary}.json" for summary in SUMMARIES), "score.json"):
         if (found.folder / name).exists():
             shutil.copy(found.folder / name, reference / name)
-    # A reference's report does not compare it with the one before it, and links to the chapters.
-    content = content_of(replace(found, provenance=provenance))
-    beside = {"agreement": None, "notebooks": notebooks_beside(replace(found, folder=reference))}
-    folders.write_text(reference / REPORT, render_report(content | beside))
+    folders.write_text(reference / REPORT, report)
     drawn, shown = found.folder / "figures", reference / "figures"
     (shown / PORTRAIT).mkdir(parents=True)
     for path in (*drawn.glob("*.png"), *(drawn / PORTRAIT / f"{name}.svg" for name in ON_PHONES)):
@@ -192,4 +193,7 @@ def write_between(begin: str, end: str, content: str) -> None:
     for path in DOCUMENTS:
         before, marker, rest = path.read_text(encoding="utf-8").partition(begin)
         if marker:
-            folders.write_text(path, f"{before}{begin}\n\n{content}\n\n{end}{rest.partition(end)[2]}")
+            _, found, after = rest.partition(end)
+            if not found:
+                raise ValueError(f"{path} has '{begin}' and not '{end}' after it.")
+            folders.write_text(path, f"{before}{begin}\n\n{content}\n\n{end}{after}")
