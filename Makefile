@@ -70,20 +70,20 @@ help: ## print the targets
 reproduce: $(READY) ## both experiments, five seeds, claims and report: 5 min
 	@$(WORKFLOW) reproduce $(STUDY) $(HOW)
 
-controls: $(READY) ## also controls and joint training: 8 min more
+controls: $(READY) ## also controls and joint training: 14 min more
 	@$(WORKFLOW) controls $(STUDY) $(HOW)
 
-betas: $(READY) ## also RL at other prices of the KL: 9 min more
+betas: $(READY) ## also RL at other prices of the KL: 11 min more
 	@$(WORKFLOW) betas $(STUDY) $(HOW)
 
-geometry: $(READY) ## how long, when, along which directions: 14 min more
+geometry: $(READY) ## how long, when, along which directions: 12 min more
 	@$(WORKFLOW) geometry $(STUDY) $(HOW)
 
 everything: $(READY) ## all of these
 	@$(WORKFLOW) everything $(STUDY) $(HOW)
 
 seeds: SEEDS := $(or $(value SEEDS),0-19)
-seeds: $(READY) ## reproduce with more seeds (SEEDS=0-19): 10 min more
+seeds: $(READY) ## reproduce with more seeds (SEEDS=0-19): 13 min more
 	@$(WORKFLOW) reproduce $(STUDY) $(HOW)
 
 list: $(READY) ## which runs are finished, and what makes the others
@@ -116,7 +116,7 @@ clean: ## remove the study's results, never the reference
 setup: $(READY) ## create .venv (all targets do it by themselves): 2 min
 
 .venv/.ready: requirements.lock pyproject.toml
-	@echo 'setting up .venv, once: about two minutes and 2 GB'
+	@echo 'setting up .venv, once: about two minutes and 2 to 3 GB'
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed")'
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -e .

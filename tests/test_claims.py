@@ -245,7 +245,7 @@ def test_rows_say_what_the_contract_asks_for():
     assert is_a(list[ClaimRow], rows)
     assert [row["id"] for row in rows] == [claim.id for claim in claims.CLAIMS]
     assert {row["note"] for row in rows if row["id"] != "A2"} == {""}
-    assert "beta" in rows[1]["note"]  # a verdict about beta, and where the curve over beta is
+    assert "β, here 0.5" in rows[1]["note"]  # a verdict about β, and where the curve over it is
     assert rows[0]["quantity"] == "sft_loss: sft-rl - sft"
     # what a perfect learner does is known of the generated corpus, what the policies predict of any
     predicted = {row["id"] for row in rows if row["predicted"] is not None}
@@ -293,11 +293,19 @@ def test_a_policy_that_ranks_worse_in_every_seed_is_found():
 def test_a_collapse_is_noted_with_its_run_and_seeds():
     rows = judge(measured({"rl": {"predicted_acceptable_rate": [0.7, 1, 1], "mcc": [0.6, 0, 0]}}))
     for claim in ("B1", "B2", "B3"):
-        assert rows[claim]["note"] == "RL collapsed to one answer in 2 of 3 seeds"
+        assert rows[claim]["note"] == "RL collapsed to one answer in 2 of 3 seeds, which leaves no skill to lower"
+    depends = "depends on the base and on β, here 0.5, see the curve over β in chapter 7"
     assert judge(measured({"base": {"predicted_acceptable_rate": 1, "mcc": 0}}))["A2"]["note"] == (
-        f"base collapsed to one answer in 3 of 3 seeds; {claims.A2_NOTE}"
+        f"base collapsed to one answer in 3 of 3 seeds; {depends}"
     )
-    assert rows["A1"]["note"] == ""
+    assert (rows["A1"]["note"], rows["A2"]["note"]) == ("", depends)
+
+
+def test_a_base_that_words_its_answers_freely_is_noted_with_what_that_costs():
+    note = judge(measured({"base": {"sft_loss": 1.5, "label_mass": math.exp(-1)}}))["A2"]["note"]
+    assert note.endswith(
+        "the base words 63% of its answers otherwise, which alone costs it 1.00 of its 1.50 nats or more"
+    )
 
 
 # The theory's own statements
@@ -417,7 +425,8 @@ def test_one_seed_settles_no_amount():
 
 def sweep_entry(run, **changes):
     change = {"measured": over_seeds(0.1, 0.01), "own_belief": 0.5, "gap_to_own_belief": over_seeds(-0.4, 0.01)}
-    return {"run": run, "seeds": [0, 1, 2], "settled": False, "change_of_loss": change} | changes
+    slope = over_seeds(0.52, 0.01)
+    return {"run": run, "seeds": [0, 1, 2], "settled": False, "slope": slope, "change_of_loss": change} | changes
 
 
 def test_the_sweep_is_judged_beta_by_beta_and_says_what_had_not_settled():
@@ -428,10 +437,11 @@ def test_the_sweep_is_judged_beta_by_beta_and_says_what_had_not_settled():
     rows = [row for row in theory_rows(theory_content(sweep=entries)) if row["id"].startswith("T4")]
     assert is_a(list[ClaimRow], rows)
     judged = {row["id"]: (row["verdict"], row["note"]) for row in rows if row["verdict"] != "not run"}
+    moved = "log-odds moved 0.52 of what was asked"
     assert judged == {
-        "T4-b5": ("refuted", ""),
-        "T4-b1": ("confirmed", "whether training had settled is unknown"),
-        "T4-b0.1": ("refuted", "training had not settled"),
+        "T4-b5": ("refuted", moved),
+        "T4-b1": ("confirmed", f"whether training had settled is unknown; {moved}"),
+        "T4-b0.1": ("refuted", f"training had not settled; {moved}"),
     }
 
 

@@ -1,5 +1,7 @@
 """What is refused at once and in one sentence, and what the Makefile says when asked."""
 
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -11,8 +13,10 @@ import sys
 import pytest
 
 from making import REPOSITORY, environment, make
+from nondecoupling.study import folders
 from nondecoupling.study.study import load_study
 from nondecoupling.task import grammar
+from nondecoupling.workflow import executor
 from nondecoupling.workflow.__main__ import main
 from nondecoupling.workflow.executor import alone, progress_line
 
@@ -270,6 +274,27 @@ def test_a_study_that_is_being_made_is_left_alone(results, capsys, no_kernel, ac
     assert {path.name for path in root.iterdir()} == {".lock"}
     assert main(["clean", "--profile=tiny"]) == 0  # whoever made it is done
     assert not root.exists()
+
+
+def test_where_nothing_can_be_locked_a_line_says_so(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with alone(tmp_path):
+        assert "cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+def test_what_was_judged_of_other_seeds_is_removed(results, no_kernel, monkeypatch):
+    monkeypatch.setattr(executor, "run_make", lambda *_: 0)
+    root = results / "tiny"
+    removed = [root / name for name in ("controls.json", "controls.ipynb", "figures/joint.png", "geometry.json")]
+    kept = [root / name for name in ("claims.json", "figures/experiments.png", "figures/portrait/plane.svg")]
+    (root / "figures" / "portrait").mkdir(parents=True)
+    for path in (*removed, *kept):
+        folders.write_text(path, "{}")
+    executor.make_study(load_study("tiny"), [0, 1, 2], ["main"], [], jobs=1)
+    assert [path for path in (*removed, *kept) if path.exists()] == kept
 
 
 def test_the_lock_ends_with_the_process_that_holds_it(results):

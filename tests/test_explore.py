@@ -77,6 +77,13 @@ def test_a_study_of_another_version_does_not_hide_the_others(mine):
     assert "mine" in explore.find_studies()
 
 
+def test_a_damaged_study_does_not_hide_the_others(mine, capsys):
+    with open(mine / "metrics.csv", "a", encoding="utf-8") as table:
+        table.write("\n")
+    assert "mine" not in explore.find_studies()
+    assert "left out: " in capsys.readouterr().out
+
+
 def test_controls_offer_what_the_chosen_study_has(nano, mine):
     """What was chosen stays chosen where it is there, too."""
     studies = {"nano": nano, "mine": explore.find_studies()["mine"]}

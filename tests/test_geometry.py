@@ -192,6 +192,21 @@ def test_a_sign_is_right_where_measured_and_predicted_agree():
     assert hurt.to_numpy() == pytest.approx((changes["refitted_belief"] > 0).groupby(changes["seed"]).mean())
 
 
+def test_signs_are_beside_what_one_finds_who_always_says_the_same(content):
+    hurt = [point["measured"]["mean"] > 0 for point in content["threshold"]["points"]]
+    share = max(np.mean(hurt), 1 - np.mean(hurt))
+    notes = {row["id"]: row["note"] for row in content["claims"]}
+    assert notes["G4"] == f"who always says that it hurts is right about {share:.3f}"
+    assert {notes[name] for name in notes if name != "G4"} == {""}
+
+
+def test_without_a_cosine_of_halves_the_others_are_judged():
+    noisy = gradients_table().drop(columns="cosine_split")
+    rows = {row["id"]: row for row in judged(chapter(gradients=noisy))}
+    assert (rows["G5"]["verdict"], rows["G6"]["seeds"]) == ("not run", len(SEEDS))
+    assert geometry.geometry_file(chapter(gradients=noisy))["threshold"]["zero_of_cosine"]
+
+
 def test_what_was_not_run_is_not_run():
     rows = geometry.geometry_not_run(STUDY)
     assert [row["id"] for row in rows] == [f"G{number}" for number in range(1, 8)]
@@ -215,10 +230,10 @@ def test_mu_is_the_largest_for_which_the_inequality_holds():
 def test_sentences_have_the_words_of_their_verdicts(content):
     said = geometry.duration_sentence(content)
     assert "+0.100" in said
-    assert "the SFT policy alone knew that cost" in said
+    assert "The SFT policy alone knew what such a start costs" in said
     dear = content | {"claims": judged(chapter(paths=paths_table(2.0)))}
     assert "did not know" in geometry.duration_sentence(dear)
-    assert geometry.threshold_sentence(content).count("turns at") == 3
+    assert geometry.threshold_sentence(content).count("turns, by a straight line between starts, at") == 3
     assert "vacuous for all" in geometry.alignment_sentence(content)
     assert "for 24 of" not in geometry.alignment_sentence(content)
     says = geometry.policy_geometry(chapter(gradients=gradients_table(bound=0.7)))
@@ -229,7 +244,7 @@ def test_sentences_have_the_words_of_their_verdicts(content):
 
 def test_figures_are_drawn_and_titled_by_the_numbers(content):
     for figure, words in (
-        (geometry_figures.draw_duration(content["duration"]), "17% of RL's gain"),
+        (geometry_figures.draw_duration(content["duration"]), "17% of GRPO's gain"),
         (geometry_figures.draw_threshold(content["threshold"]), "At β = 1 RL lowers the SFT loss only beyond"),
         (geometry_figures.draw_alignment(content["policies"]), "same way"),
     ):

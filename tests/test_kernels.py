@@ -1,8 +1,11 @@
 """Kernels that start warm are what ordinary ones are: clean, equal in what they compute and show, and easy to end."""
 
+import json
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -195,6 +198,17 @@ def test_a_client_ends_as_its_kernel_does(server, how, status):
         client.execute(f"import os, signal; {how}")
         assert process.wait(timeout=10) == status
         assert end(kernel)
+
+
+def test_a_client_that_is_killed_before_its_kernel_has_begun_takes_nobody_along(server):
+    request = {"arguments": ["-f", os.devnull], "folder": os.getcwd(), "environment": dict(os.environ)}
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(os.environ[kernels.ADDRESS])
+            socket.send_fds(client, [json.dumps(request).encode()], [0, 1, 2])
+            assert select.select([client], [], [], 30)[0]  # its answer is there, and it does not read it
+    with new_kernel() as (_, client):
+        assert kernel_of(client).ppid() == server.pid
 
 
 def test_a_kernel_that_computes_ends_with_its_client(server):

@@ -14,7 +14,7 @@ from nbclient.exceptions import DeadKernelError
 
 from nondecoupling.study import folders
 from nondecoupling.study.fingerprint import NOTEBOOKS, code_of, kind_of, notebook_of
-from nondecoupling.study.plan import SUMMARIES
+from nondecoupling.study.plan import DRAWS, SUMMARIES
 from nondecoupling.study.results import Results
 from nondecoupling.study.study import load_study
 from nondecoupling.workflow import graph, notebooks
@@ -149,6 +149,14 @@ def test_a_kernel_that_dies_or_does_not_start_is_said_with_what_helps(error, wor
     assert main(["run", "--run", "sft"]) == 1
     assert f"03_sft.ipynb failed: {words}" in capsys.readouterr().err
     assert [path.name for path in partial.parent.iterdir()] == ["sft.failed.ipynb"]
+
+
+def test_the_figures_of_a_summary_are_known_by_name():
+    """What removes an old summary removes its figures."""
+    for name, figures in DRAWS.items():
+        cells = folders.read_json(notebook_of(name))["cells"]
+        code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        assert sorted(re.findall(r'save_figure\(.*, "(\w+)"\)', code)) == sorted(figures), name
 
 
 # As a book

@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from nondecoupling.analysis.tables import document_parts
+from nondecoupling.analysis.tables import document_parts, seconds_of
 from nondecoupling.study import folders
+from nondecoupling.study.plan import MAKES
 from nondecoupling.study.results import read_results
 from nondecoupling.study.study import load_study, parse_overrides, parse_seeds
 from nondecoupling.workflow import reference
@@ -97,6 +98,22 @@ def test_chapters_take_the_minutes_that_are_promised():
         assert abs(len(prose) / 200 + len(shown) / 4 - int(minutes)) <= max(1.5, int(minutes) / 5), name
 
 
+def test_targets_take_the_minutes_that_help_promises():
+    """By the reference's costs: five replications on two cores, and two seconds to start a notebook."""
+    text = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    promised = {name: int(minutes) for name, minutes in re.findall(r"^(\w+):.*## .*: (\d+) min", text, re.MULTILINE)}
+    nano = read_results(None, REFERENCES / "nano")
+    seconds = seconds_of(nano.costs) + 2
+    groups = nano.costs["run"].map({run.name: run.group for run in nano.study.runs})
+    a_seed = (seconds.groupby(groups).sum() / len(nano.seeds)).to_dict()
+    minutes = {command.split()[1]: 5 * a_seed[group] / 2 / 60 for group, command in MAKES.items()}
+    minutes["seeds"] = 3 * minutes["reproduce"]
+    for name, taken in minutes.items():
+        assert abs(promised[name] - taken) <= max(1, taken / 5), (name, taken)
+    assert 4 <= minutes["reproduce"] <= 6  # as README says
+    assert nano.costs["peak_memory_bytes"].max() * 2 < 3 * 2**30  # two at a time
+
+
 def test_the_readme_is_short():
     """What a newcomer reads; all else is in docs."""
     prose = re.sub(
@@ -130,6 +147,26 @@ def test_files_that_a_references_report_links_to_exist(name):
     page = (REFERENCES / name / "report.html").read_text(encoding="utf-8")
     linked = set(re.findall(r'href="(?!https?:|#|data:|mailto:)([^"]+)"', page))
     assert [target for target in sorted(linked) if not (REFERENCES / name / target.partition("#")[0]).exists()] == []
+
+
+def test_without_its_end_a_generated_part_is_left_alone(tmp_path, monkeypatch):
+    document = tmp_path / "a.md"
+    monkeypatch.setattr(reference, "DOCUMENTS", [document])
+    document.write_text("before\n<!-- x -->\nold\n<!-- y -->\nafter\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has '<!-- x -->' and not '<!-- z -->' after it"):
+        reference.write_between("<!-- x -->", "<!-- z -->", "new")
+    assert "old" in document.read_text(encoding="utf-8")
+    reference.write_between("<!-- x -->", "<!-- y -->", "new")
+    assert document.read_text(encoding="utf-8") == "before\n<!-- x -->\n\nnew\n\n<!-- y -->\nafter\n"
+
+
+def test_a_reference_whose_report_fails_is_not_removed(tmp_path, monkeypatch):
+    found = read_results(None, REFERENCES / "four")
+    (tmp_path / "claims.json").write_text("[]", encoding="utf-8")
+    monkeypatch.setattr(reference, "render_report", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reference.publish_reference(found, pd.DataFrame(), tmp_path)
+    assert (tmp_path / "claims.json").exists()
 
 
 def test_verdicts_of_the_references_are_side_by_side():

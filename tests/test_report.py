@@ -1,6 +1,7 @@
 """The report says what the results say, shows what they hold, and loads nothing."""
 
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from html import unescape
@@ -17,7 +18,7 @@ from nondecoupling.study import folders
 from nondecoupling.study.contracts import Verdict
 from nondecoupling.study.plan import STATES
 from nondecoupling.study.results import read_results
-from nondecoupling.study.study import load_study
+from nondecoupling.study.study import load_study, parse_overrides
 from tables import costs_of, results_of
 
 REFERENCES = folders.REPOSITORY / "results" / "reference"
@@ -199,12 +200,19 @@ def test_a_page_says_what_holds_for_its_own_numbers(finished):
     assert not re.search(r">[^<]*\s-\d", page.partition("<body>")[2].partition("Every setting")[0])
 
 
-def test_the_report_says_which_commands_made_it(finished):
+def test_the_report_says_which_commands_made_it(finished, tmp_path):
     results = finished("nano")
     assert report.made_by(results)[0] == f"make reproduce PROFILE=nano SEEDS=0-{results.seeds[-1]}"
     own = load_study("nano", overrides={"rl.beta": 0.25})
     few = replace(results, study=own, provenance=results.provenance | {"seeds": [0, 3]})
-    assert report.made_by(few)[0] == 'make reproduce PROFILE=nano SEEDS=0,3 SET="rl.beta=0.25"'
+    assert report.made_by(few)[0] == "make reproduce PROFILE=nano SEEDS=0,3 SET=rl.beta=0.25"
+    changes = {"prompt.acceptable": "it is", "data.disagreement": {"case": 0.1, "wh": 0.2}, "evaluation.along_size": 64}
+    told = replace(results, study=replace(own, profile=load_study("nano", overrides=changes).profile))
+    name, _, words = shlex.split(report.made_by(told)[0])[-1].partition("=")
+    assert (name, parse_overrides(words)) == ("SET", changes)
+    (tmp_path / "real").mkdir()
+    real = replace(results, study=replace(own, profile=load_study("nano", str(tmp_path / "real")).profile))
+    assert report.made_by(real)[0].endswith(f"SEEDS=0-{results.seeds[-1]} DATA=folder")
 
 
 def test_costs_say_how_long_each_run_took_and_whose_it_is():

@@ -258,6 +258,9 @@ def test_what_fewer_seeds_find_is_said_where_there_are_more():
     assert said.endswith("the one above in all for A1; else it is inconclusive.")  # all six decide no other
     of_five = results_of(study, answers, found[found["seed"] < 5], seeds=list(range(5)))
     assert tables.quick_look_sentence(of_five) == ""
+    nothing = found.assign(sft_loss=0.4, reward_sampled=0.3)
+    undecided = [policy(run, 0.5, [1, 1, 0], range(6)) for run in ("sft", "sft-rl")]
+    assert tables.quick_look_sentence(results_of(study, undecided, nothing, seeds=list(range(6)))) == ""
 
 
 def test_runs_that_did_not_finish_and_policies_that_collapsed_are_counted():
@@ -267,6 +270,8 @@ def test_runs_that_did_not_finish_and_policies_that_collapsed_are_counted():
     assert tables.runs_sentence(replace(found, costs=found.costs.iloc[1:])) == (
         f"5 of {3 * len(found.study.runs)} runs of the plan finished, for 3 seeds; 1 of 6 policies collapsed."
     )
+    one_base = replace(found, study=load_study("laptop"))  # the same for all seeds, and counted once
+    assert tables.runs_sentence(one_base).endswith("1 of 4 policies collapsed.")
 
 
 def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
@@ -297,6 +302,15 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     some = parts(MEASURED | {"rl-rl": {}})["nano, controls"]
     assert "| rl-rl | 0.400 |" in some
     assert "| K2: " in some
+    assert "(K6)" not in parts(MEASURED)["nano, findings"]
+    clean = {"verdict": "refuted", "estimate": 0.1, "ci95": [0.08, 0.12], "predicted_from_policies": 0.065}
+    with_k6 = [row | clean if row["id"] == "K6" else row for row in controls_not_run(study)]
+    folders.write_json(tmp_path / "claims.json", rows + with_k6)
+    said = parts(MEASURED)["nano, findings"].splitlines()[-1]
+    assert said == (
+        "* With annotators who never disagree, RL after SFT changes the SFT loss by +0.100 [+0.080, +0.120] nats (own "
+        "belief +0.065): disagreement is not all that RL sharpens (K6)."
+    )
     assert not any(words in some for words in ("| K1: ", "| J1-"))  # controls are judged as far as they were run
     folders.write_json(tmp_path / "claims.json", [row | {"verdict": "refuted"} for row in rows + judged])
     runs = MEASURED | {run.name: {} for run in study.runs_of("controls") if run.stage != "reward_model"}

@@ -97,7 +97,7 @@ CLAIMS = [
     ),
     Claim("O3", "(ours) RL after SFT ranks sentences worse", "auroc", "sft-rl", "sft", -1),
 ]
-FORMAT_COST = 0.1  # nats that a base loses by other answers than those asked for, from which on A2 says so
+IN_FORMAT = 0.9  # share of a base's answers that are worded as asked for, below which A2 says what that costs
 GREEDY_SUFFICES = Claim(
     "T6",
     "(ours) Greedy decoding of the SFT policy has RL's whole gain of reward: share of it",
@@ -241,11 +241,13 @@ def judge_claims(results: Results) -> list[ClaimRow]:
 def base_note(results: Results) -> str:
     """What A2 depends on: the price of the KL, where the curve over it is, and a base that words its answers freely."""
     swept = ", see the curve over β in chapter 7" if one_per_beta(results.study.runs) else ""
-    base = results.final("base")[["sft_loss", "label_loss"]].mean()
-    lost = base["sft_loss"] - base["label_loss"]
-    of_format = f"; {lost:.2f} of the base's {base['sft_loss']:.2f} nats are for answers in other words"
     depends = f"depends on the base and on β, here {results.study.profile.rl.beta:g}{swept}"
-    return depends + (of_format if lost >= FORMAT_COST else "")
+    loss, mass = results.final("base")[["sft_loss", "label_mass"]].mean()
+    if mass >= IN_FORMAT:
+        return depends
+    # By Jensen's inequality the mean of -log mass is at least this.
+    least = f"which alone costs it {-math.log(mass):.2f} of its {loss:.2f} nats or more"
+    return f"{depends}; the base words {1 - mass:.0%} of its answers otherwise, {least}"
 
 
 def judged_family(

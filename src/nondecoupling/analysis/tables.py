@@ -280,7 +280,7 @@ def clean_sentence(rows: list[ClaimRow]) -> list[str]:
     """What RL costs where annotators never disagree (K6), if that was run."""
     return [
         f"With annotators who never disagree, RL after SFT changes the SFT loss by "
-        f"{interval_text(row['estimate'], row['ci95'])} nats (own belief {row['predicted_from_policies']:+.3f})"
+        f"{interval_text(row['estimate'], row['ci95'])} nats (own belief {interval_text(row['predicted_from_policies'], None)})"
         f"{': disagreement is not all that RL sharpens' if row['verdict'] == 'refuted' else ''} (K6)."
         for row in rows
         if row["id"] == "K6" and row["verdict"] != "not run"
