@@ -274,6 +274,14 @@ def test_runs_that_did_not_finish_and_policies_that_collapsed_are_counted():
     assert tables.runs_sentence(one_base).endswith("1 of 4 policies collapsed.")
 
 
+def test_what_the_outside_judge_found_is_a_sentence():
+    row = {"run": "sft", "seed": 0, "n": 527, "accuracy": 0.8, "harness_accuracy": 0.8, "mcc": 0.5, "harness_mcc": 0.5}
+    scores = [row | {"difference": 3e-5}, row | {"run": "rl", "harness_mcc": 0.49, "difference": 1e-5}]
+    said = tables.score_sentence(scores)
+    assert "judged 2 policies of seed 0 in float32 on the same 527 sentences" in said
+    assert said.endswith("for 1 of them, and log-likelihoods differ by 3.0e-05 nats at most.")
+
+
 def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     study = load_study("nano")
 

@@ -16,7 +16,7 @@ from nondecoupling.analysis.many_answers import cells_table
 from nondecoupling.analysis.measures import auroc, temperature_of_least_loss
 from nondecoupling.analysis.statistics import interval_text, shown
 from nondecoupling.analysis.wording import in_words
-from nondecoupling.study.contracts import ClaimRow, SweepEntry, TheoryFile
+from nondecoupling.study.contracts import ClaimRow, Score, SweepEntry, TheoryFile
 from nondecoupling.study.plan import NAMES, STATES
 from nondecoupling.study.results import Results
 from nondecoupling.study.study import parse_seeds
@@ -287,6 +287,17 @@ def clean_sentence(rows: list[ClaimRow]) -> list[str]:
     ]
 
 
+def score_sentence(scores: list[Score]) -> str:
+    """What the outside judge of `make score` found of some policies, beside this project."""
+    alike = [row for row in scores if (row["accuracy"], row["mcc"]) == (row["harness_accuracy"], row["harness_mcc"])]
+    seeds = enumerated(sorted({str(row["seed"]) for row in scores}, key=int))
+    return (
+        f"lm-evaluation-harness (`make score`) judged {len(scores)} policies of seed {seeds} in float32 on the same "
+        f"{scores[0]['n']} sentences: accuracy and MCC are ours to the last digit for {len(alike)} of them, and "
+        f"log-likelihoods differ by {max(row['difference'] for row in scores):.1e} nats at most."
+    )
+
+
 def seconds_of(costs: pd.DataFrame) -> pd.Series:
     """How long each run took, its measurements included."""
     started, finished = (costs[end].map(datetime.fromisoformat) for end in ("started", "finished"))
@@ -415,6 +426,8 @@ def document_parts(results: Results) -> dict[str, str]:
     }
     if found := quick_look_sentence(results):
         words["quick look"] = found
+    if scores := results.read("score.json"):
+        words["score"] = score_sentence(scores)
     if geometry := results.read("geometry.json"):
         said = [duration_sentence(geometry), threshold_sentence(geometry), alignment_sentence(geometry)]
         words["geometry"] = "\n\n".join([markdown_table(claims_table(geometry["claims"])), *filter(None, said)])
