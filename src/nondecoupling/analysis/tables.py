@@ -278,13 +278,15 @@ def theory_sentences(content: TheoryFile) -> list[str]:
 
 def clean_sentence(rows: list[ClaimRow]) -> list[str]:
     """What RL costs where annotators never disagree (K6), if that was run."""
-    return [
-        f"With annotators who never disagree, RL after SFT changes the SFT loss by "
-        f"{interval_text(row['estimate'], row['ci95'])} nats (own belief {interval_text(row['predicted_from_policies'], None)})"
-        f"{': disagreement is not all that RL sharpens' if row['verdict'] == 'refuted' else ''} (K6)."
-        for row in rows
-        if row["id"] == "K6" and row["verdict"] != "not run"
-    ]
+    found = []
+    for row in [row for row in rows if row["id"] == "K6" and row["verdict"] != "not run"]:
+        measured, own = interval_text(row["estimate"], row["ci95"]), interval_text(row["predicted_from_policies"], None)
+        so = ": disagreement is not all that RL sharpens" if row["verdict"] == "refuted" else ""
+        found.append(
+            f"With annotators who never disagree, RL after SFT changes the SFT loss by {measured} nats "
+            f"(own belief {own}){so} (K6)."
+        )
+    return found
 
 
 def score_sentence(scores: list[Score]) -> str:
