@@ -264,23 +264,6 @@ def test_theory_file_of_a_known_disagreement():
     assert is_a(TheoryFile, content)
     assert content["agreement"] == [{"q": 0.9, "share": 0.75}, {"q": 0.6, "share": 0.25}]
     assert content["beta"] == BETA
-
-    def mean(of_q):
-        return pytest.approx(0.75 * of_q(0.9) + 0.25 * of_q(0.6))
-
-    def entropy(q):
-        return -q * math.log(q) - (1 - q) * math.log(1 - q)
-
-    def loss(q):
-        p = sharper(q, 2 * (2 * q - 1) / BETA)
-        return -q * math.log(p) - (1 - q) * math.log(1 - p)
-
-    assert content["calibrated_loss"] == mean(entropy)
-    assert content["calibrated_reward"] == mean(lambda q: (2 * q - 1) ** 2)
-    assert content["sharp_reward"] == mean(lambda q: 2 * q - 1)
-    assert content["rl_loss"] == mean(loss)
-    assert content["rl_reward"] == mean(lambda q: (2 * q - 1) * (2 * sharper(q, 2 * (2 * q - 1) / BETA) - 1))
-    assert content["c1"] == mean(lambda q: loss(q) - entropy(q))
     assert (content["sweep"], content["crossing"]) == (None, None)
     assert [row["q"] for row in content["who_pays"]] == [0.9, 0.6]
 
@@ -299,8 +282,7 @@ def test_fixed_points_are_those_of_the_example():
 def test_theory_file_of_real_annotators_names_no_number_that_nobody_knows():
     content = landing.theory_file(constant(truth=[None] * 4, agreement=np.nan), None)
     assert is_a(TheoryFile, content)
-    names = ("agreement", "calibrated_loss", "calibrated_reward", "sharp_reward", "rl_loss", "rl_reward", "c1", "sweep")
-    assert {str(content[name]) for name in names} == {"None"}
+    assert (content["agreement"], content["sweep"]) == (None, None)
     assert content["who_pays"] == []
     assert content["runs"][0]["tilted"] is None
     assert content["runs"][0]["self_tilted"] == point(sharper(0.75, 1.0 / BETA))
@@ -310,8 +292,7 @@ def test_theory_file_of_rl_that_pays_nothing_for_kl():
     """beta = 0 has no closed form, though the labels' q is known."""
     content = landing.theory_file(constant(load_study("nano", overrides={"rl.beta": 0.0})), None)
     assert is_a(TheoryFile, content)
-    assert {content[name] for name in ("rl_loss", "rl_reward", "c1")} == {None}
-    assert content["calibrated_reward"] == pytest.approx(0.64)
+    assert content["agreement"] == [{"q": 0.9, "share": 1.0}]
     assert {record[name] for record in content["runs"] for name in ("tilted", "self_tilted")} == {None}
     assert content["fixed_points"]["beta"] == landing.EXAMPLE_BETA
 
@@ -320,7 +301,6 @@ def test_theory_file_of_certain_labels():
     content = landing.theory_file(constant(agreement=1.0), None)
     assert is_a(TheoryFile, content)
     assert content["agreement"] == [{"q": 1.0, "share": 1.0}]
-    assert (content["calibrated_loss"], content["rl_loss"], content["c1"]) == (0, 0, 0)
     assert content["runs"][0]["tilted"] == point(sharper(0.75, 2 / BETA))
 
 

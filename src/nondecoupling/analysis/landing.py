@@ -335,22 +335,10 @@ def distinct(q: np.ndarray | None) -> list[Agreement] | None:
 
 def theory_file(results: Results, per_seed: pd.DataFrame | None) -> TheoryFile:
     """The content of theory.json; ``per_seed`` is `sweep.confront_sweep`'s table, None where there is no sweep."""
-    profile, q = results.study.profile, known_agreement(results)
-    beta = profile.rl.beta
-    ideal = None if q is None or beta == 0 else [float(np.mean(f(q, beta))) for f in (theory.rl_loss, theory.rl_reward)]
-    level, low, high = (
-        None if q is None else float(np.mean(f(q)))
-        for f in (theory.calibrated_loss, theory.calibrated_reward, theory.sharp_reward)
-    )
+    profile = results.study.profile
     return {
-        "agreement": distinct(q),
-        "beta": beta,
-        "calibrated_loss": level,
-        "calibrated_reward": low,
-        "sharp_reward": high,
-        "rl_loss": ideal[0] if ideal else None,
-        "rl_reward": ideal[1] if ideal else None,
-        "c1": ideal[0] - level if ideal and level is not None else None,
+        "agreement": distinct(known_agreement(results)),
+        "beta": profile.rl.beta,
         "levels": levels(results),
         "temperatures": calibration(results),
         "runs": landings(results),

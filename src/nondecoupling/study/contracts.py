@@ -208,12 +208,6 @@ class TheoryFile(TypedDict):
 
     agreement: list[Agreement] | None  # by falling q; None where it is unknown
     beta: float
-    calibrated_loss: float | None  # mean of H(q) over the sentences
-    calibrated_reward: float | None  # mean of (2q-1)^2
-    sharp_reward: float | None  # mean of 2q-1
-    rl_loss: float | None  # of ideal RL from the calibrated policy, mean over q(x)
-    rl_reward: float | None
-    c1: float | None  # rl_loss - calibrated_loss
     levels: list[Level]
     temperatures: dict[str, OverSeeds]  # of least loss, by policy: 1 is calibrated, more is overconfident
     runs: list[Landing]
