@@ -7,6 +7,7 @@ for any number of answers; controls are for two.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from nondecoupling.analysis import theory
 from nondecoupling.analysis.statistics import over_seeds
 from nondecoupling.study.contracts import ClaimRow, Level
 from nondecoupling.study.results import Results, label_log_probabilities
+from nondecoupling.study.study import Study
 
 FRONTIER_BETAS = np.geomspace(0.3, 30, 60)  # at which frontiers are drawn
 SAME_PREDICTION = {"K1": "A1", "K3r": "O1", "K10": "A1"}  # other training, or a reward like a coin, changes nothing
@@ -86,11 +88,6 @@ def policies_of(results: Results, run: str) -> list[tuple[np.ndarray, pd.DataFra
     return [(label_log_odds(answers), answers) for answers in answers_by_seed(results, run)]
 
 
-def mean_over_seeds(results: Results, run: str, quantity: Callable[[np.ndarray, pd.DataFrame], float]) -> float:
-    """Mean over seeds of ``quantity(log-odds of the run's policy on dev, its answers)``."""
-    return float(np.mean([quantity(*policy) for policy in policies_of(results, run)]))
-
-
 def beta_at(loss_at: Callable[[float], float], level: float) -> float | None:
     """The beta between 0.001 and 1000 at which RL whose loss is ``loss_at(beta)`` ends at ``level``; None for none."""
 
@@ -114,6 +111,19 @@ def measures(logp: theory.FloatArray, logd: theory.FloatArray) -> dict[str, floa
     }
 
 
+def after_rl(beta: float) -> Callable[[pd.DataFrame], theory.FloatArray]:
+    """How `mean_goals` has a policy after ideal RL by its own belief."""
+    return lambda answers: theory.self_tilt(label_policy(answers), beta)
+
+
+def mean_goals(
+    results: Results, run: str, policy: Callable[[pd.DataFrame], theory.FloatArray] = label_policy
+) -> pd.Series:
+    """`measures` of a run's policy, or of what ``policy`` makes of its answers, on the dev labels: means over seeds."""
+    tables = answers_by_seed(results, run)
+    return pd.DataFrame(measures(policy(answers), labels_given(answers)) for answers in tables).mean()
+
+
 def measured_levels(results: Results, *runs: str) -> pd.DataFrame:
     """`measures` of each of ``runs``, on the dev labels as given: a row per run and seed."""
     policies = ((run, answers) for run in runs for answers in answers_by_seed(results, run))
@@ -132,14 +142,9 @@ def own_levels(results: Results) -> pd.DataFrame | None:
     beta = results.study.profile.rl.beta
     if beta == 0:
         return None
-    rows: dict[str, list[dict[str, float]]] = {run: [] for run in AFTER_BASE}
-    for start, untrained, trained in (("sft", ("sft", "rl-sft"), "sft-rl"), ("base", (), "rl")):
-        for answers in answers_by_seed(results, start):
-            logp, labels = label_policy(answers), labels_given(answers)
-            for run in untrained:
-                rows[run].append(measures(logp, labels))
-            rows[trained].append(measures(theory.self_tilt(logp, beta), labels))
-    return pd.DataFrame({run: pd.DataFrame(found).mean() for run, found in rows.items()}).T
+    calibrated, rl = mean_goals(results, "sft"), after_rl(beta)
+    ends = {"sft": calibrated, "sft-rl": mean_goals(results, "sft", rl), "rl": mean_goals(results, "base", rl)}
+    return pd.DataFrame(ends | {"rl-sft": calibrated}).T
 
 
 def perfect_levels(results: Results) -> pd.DataFrame | None:
@@ -283,62 +288,58 @@ def wording_rise(p: np.ndarray, share: np.ndarray, beta: float) -> float:
     return float(np.mean(np.log(paid + (1 - share) * np.exp(-1 / beta)) + 1 / beta))
 
 
+def own_wording_rise(answers: pd.DataFrame, beta: float) -> float:
+    """`wording_rise` of a measured policy by own belief: what both usual answers leave is the other wording's."""
+    usual = np.exp(label_log_probabilities(answers)).sum(1).clip(max=1)
+    return wording_rise(np.exp(label_policy(answers)[:, 1]), 1 - usual, beta)
+
+
 def of_controls(results: Results, claims: list[ClaimRow]) -> tuple[Predictions, Predictions]:
     """For the controls, what a perfect learner would do (empty where the truth is unknown), and own belief.
 
     Nothing where beta is 0, which has no closed form. ``claims`` are the judged claims of the same study: what they
     predict holds for the controls of `SAME_PREDICTION`, too.
     """
-    q, beta, study = known_agreement(results), results.study.profile.rl.beta, results.study
-    if beta == 0:
+    if results.study.profile.rl.beta == 0:
         return {}, {}
-    judged = {row["id"]: row for row in claims}
+    q, judged = known_agreement(results), {row["id"]: row for row in claims}
 
     def same(prediction: Literal["predicted", "predicted_from_policies"]) -> Predictions:
         found = {name: judged[claim][prediction] for name, claim in SAME_PREDICTION.items() if claim in judged}
         return {name: value for name, value in found.items() if value is not None}
 
-    def reward(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
-        return theory.reward_on_labels(log_odds, answers["label"])
+    perfect = {} if q is None else same("predicted") | perfect_controls(q, results.study)
+    return perfect, same("predicted_from_policies") | own_controls(results)
 
-    def reward_after_rl(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
-        return reward(theory.self_tilted_log_odds(log_odds, beta), answers)
 
-    def reward_after_two_rl(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
-        return reward(theory.self_tilted_log_odds(log_odds, beta / 2), answers)  # two tilts are one at half the price
-
-    def reward_after_proxy(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
-        scored = results.answers_of(str(study.run("sft-rl-proxy").proxy), answers["seed"].iloc[0])
-        added = (scored["score_acceptable"] - scored["score_unacceptable"]).to_numpy() / beta
-        return reward(log_odds + added, answers)
-
-    def rise_by_wording(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
-        usual = np.exp(answers[["logp_unacceptable", "logp_acceptable"]].to_numpy()).sum(1).clip(max=1)
-        return wording_rise(np.exp(theory.two_label_policy(log_odds)[:, 1]), 1 - usual, beta)
-
-    def rise_by_rl(log_odds: np.ndarray, answers: pd.DataFrame) -> float:
-        tilted, labels = theory.self_tilted_log_odds(log_odds, beta), answers["label"]
-        return theory.loss_on_labels(tilted, labels) - theory.loss_on_labels(log_odds, labels)
-
-    policies = same("predicted_from_policies") | {
-        "K2": mean_over_seeds(results, "sft", reward) - mean_over_seeds(results, "base", reward_after_two_rl)
-    }
-    if results.has("sft-wordings"):
-        policies["K4"] = mean_over_seeds(results, "sft-wordings", rise_by_wording)
-    if results.has("reward-model"):
-        reached = mean_over_seeds(results, "sft", reward_after_proxy)
-        policies["K9"] = reached - mean_over_seeds(results, "sft", reward_after_rl)
-    if results.has("sft-clean"):
-        policies["K6"] = mean_over_seeds(results, "sft-clean", rise_by_rl)
-    if q is None:
-        return {}, policies
-    truth = np.ones_like(q)
-    by_proxy = theory.expected_reward_of_odds(logit(q) * (1 + 1 / beta), truth, 1 - q)  # scores are calibrated log-odds
-    share = study.settings_of(study.run("sft-wordings")).sft.other_wording_share
-    perfect = same("predicted") | {
+def perfect_controls(q: np.ndarray, study: Study) -> Predictions:
+    """What a perfect learner would do in the controls that have a closed form of their own; ``q`` of each sentence."""
+    beta, share = study.profile.rl.beta, study.settings_of(study.run("sft-wordings")).sft.other_wording_share
+    # A proxy's scores are calibrated log-odds.
+    by_proxy = theory.expected_reward_of_odds(logit(q) * (1 + 1 / beta), np.ones_like(q), 1 - q)
+    return {
         "K2": float(np.mean(theory.calibrated_reward(q) - theory.rl_reward(q, beta / 2))),
         "K4": wording_rise(q, np.full_like(q, share), beta),
         "K6": 0.0,
         "K9": by_proxy - float(np.mean(theory.rl_reward(q, beta))),
     }
-    return perfect, policies
+
+
+def own_controls(results: Results) -> Predictions:
+    """What own belief predicts for the same controls, as far as they were run."""
+    beta, study = results.study.profile.rl.beta, results.study
+
+    def after_proxy(answers: pd.DataFrame) -> theory.FloatArray:
+        scored = results.answers_of(str(study.run("sft-rl-proxy").proxy), answers["seed"].iloc[0])
+        return theory.tilt(label_policy(answers), scored[["score_unacceptable", "score_acceptable"]], beta)
+
+    goals, rl = partial(mean_goals, results), after_rl(beta)
+    two_rl = after_rl(beta / 2)  # two tilts are one at half the price
+    found = {"K2": goals("sft")["reward"] - goals("base", two_rl)["reward"]}
+    if results.has("sft-wordings"):
+        found["K4"] = np.mean([own_wording_rise(table, beta) for table in answers_by_seed(results, "sft-wordings")])
+    if results.has("reward-model"):
+        found["K9"] = goals("sft", after_proxy)["reward"] - goals("sft", rl)["reward"]
+    if results.has("sft-clean"):
+        found["K6"] = goals("sft-clean", rl)["loss"] - goals("sft-clean")["loss"]
+    return {name: float(value) for name, value in found.items()}
