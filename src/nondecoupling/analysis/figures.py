@@ -36,7 +36,8 @@ TURNED = "turned in a portrait"  # of text that needs much room beside data
 BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}  # legends under axes
 LABEL_GAP = 0.05  # of the height of the axes
 MIXED = {"interleaved": "by turns"} | {f"joint-m{weight}": f"joint, μ = {weight}" for weight in WEIGHTS}
-MEASURED, OWN, PERFECT = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[2], "0.55"
+MEASURED, _, OWN, OTHER = sns.color_palette("colorblind")[:4]  # OTHER is measured, too, in a second way
+PERFECT = "0.55"
 
 
 def set_style() -> None:
@@ -696,13 +697,12 @@ def draw_sweep(entries: list[SweepEntry]) -> Figure:
     Runs that change more than beta and steps are open marks, a little to the right of their beta.
     """
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    colours = sns.color_palette("colorblind")
     plain = sorted((e for e in entries if not e["varied"] and not e["is_half"]), key=lambda e: e["beta"])
     kinds = list(dict.fromkeys(e["varied"] for e in entries if e["varied"]))
     changes: tuple[Literal["change_of_loss", "change_of_reward"], ...] = ("change_of_loss", "change_of_reward")
     kinds_of_prediction: tuple[tuple[Literal["perfect_learner", "own_belief"], str, Any], ...] = (
         ("perfect_learner", "a perfect learner", "0.6"),
-        ("own_belief", "own belief", colours[2]),
+        ("own_belief", "own belief", OWN),
     )
     for panel, name in zip(panels, changes, strict=True):
         for key, text, shade in kinds_of_prediction:
@@ -713,16 +713,13 @@ def draw_sweep(entries: list[SweepEntry]) -> Figure:
         for shift, entry in [(0, e) for e in plain] + [
             (1 + kinds.index(e["varied"]), e) for e in entries if e["varied"]
         ]:
-            measured = entry[name]["measured"]
-            low, high = measured["ci95"] or [measured["mean"]] * 2
-            panel.errorbar(
+            draw_mean(
+                panel,
                 entry["beta"] * 1.08**shift,
-                measured["mean"],
-                [[measured["mean"] - low], [high - measured["mean"]]],
+                entry[name]["measured"],
                 fmt="os^Dv"[shift % 5],
-                color=colours[0] if shift == 0 else colours[3],
+                color=MEASURED if shift == 0 else OTHER,
                 fillstyle="full" if shift == 0 else "none",
-                capsize=3,
                 label=f"measured{', ' * bool(entry['varied'])}{entry['varied']}",
             )
         panel.set(xscale="log", xlabel="β, reward per nat of KL", ylabel=CHANGES[name])

@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 
 from nondecoupling.analysis.figures import (
     COLOURS,
+    MEASURED,
     MIXED,
+    OTHER,
     OWN,
     PERFECT,
     draw_mean,
@@ -35,7 +37,7 @@ from nondecoupling.study.contracts import Duration, OverSeeds, PolicyGeometry, T
 from nondecoupling.study.plan import NAMES, SHARES
 from nondecoupling.study.results import Results
 
-SFT, RL = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[3]  # the two gradients
+SFT, RL = MEASURED, OTHER  # the two gradients
 STORY = {"sft-rl-sft": "SFT → RL → SFT"} | MIXED
 
 
@@ -143,7 +145,7 @@ def draw_alignment(policies: list[PolicyGeometry]) -> Figure:
                 axes.plot([low, high], [place, place], color=colour, linewidth=2)
                 axes.plot(value["mean"], place, mark, color=colour, label=words if not place else None)
 
-    dots(left, "cosine_split", SFT, "o", "measured")
+    dots(left, "cosine_split", MEASURED, "o", "measured")
     dots(left, "cosine_shuffled", "0.6", "d", "labels shuffled")
     left.axvline(0, color="0.35", linewidth=1)
     left.set(xlim=(-1.05, 1.05), xlabel="cosine of -∇L and ∇J")

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.claims import Claim, claim_row, corrected_family, judged, verdict_of_amount
-from nondecoupling.analysis.figures import ink
+from nondecoupling.analysis.figures import draw_mean, ink
 from nondecoupling.analysis.predictions import known_annotators, label_policy
 from nondecoupling.analysis.statistics import mean_interval, over_seeds, shown
 from nondecoupling.study.contracts import Cell, ClaimRow, LabelsFile, OfLabel
@@ -209,9 +209,7 @@ def draw_sharpening(content: LabelsFile) -> Figure:
         left.plot(of["share"], of["sft"]["mean"], marker="o", **line)
         left.plot(of["share"], of["ideal"], marker="D", fillstyle="none", **line)
         left.plot(of["share"], of["rl"]["mean"], marker="*", **line | {"markersize": 9})
-        low, high = of["shift"]["ci95"] or [of["shift"]["mean"]] * 2
-        mean = of["shift"]["mean"]
-        right.errorbar(of["shift_own_belief"], mean, [[mean - low], [high - mean]], fmt="o", color=colours[answer])
+        draw_mean(right, of["shift_own_belief"], of["shift"], fmt="o", color=colours[answer])
     for axes, ends in ((left, (0.001, 0.999)), (right, right.get_xlim())):
         axes.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
     left.set_xscale("logit")
