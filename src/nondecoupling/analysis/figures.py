@@ -3,6 +3,7 @@
 import colorsys
 import pickle
 import textwrap
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -21,12 +22,15 @@ from nondecoupling.analysis import theory
 from nondecoupling.analysis.predictions import frontier, label_policy, labels_given, mean_path
 from nondecoupling.analysis.statistics import interval_text, mean_interval, shown
 from nondecoupling.analysis.wording import in_words
-from nondecoupling.study.contracts import ClaimRow, Crossing, OverSeeds, Payer, SweepEntry, Tilt
+from nondecoupling.study.contracts import Change, ClaimRow, Crossing, OverSeeds, Payer, SweepEntry, Tilt
 from nondecoupling.study.plan import NAMES, WEIGHTS
 from nondecoupling.study.results import Results
 
 COLOURS = dict(zip(NAMES, sns.color_palette("colorblind", len(NAMES)), strict=True))
-CHANGES = {"change_of_loss": "rise of the SFT loss by RL, nats", "change_of_reward": "gain of reward by RL"}
+CHANGES: dict[Literal["change_of_loss", "change_of_reward"], str] = {
+    "change_of_loss": "rise of the SFT loss by RL, nats",
+    "change_of_reward": "gain of reward by RL",
+}
 PORTRAIT = "portrait"  # the folder, beside a figure, of its copy for a phone
 PORTRAIT_WIDTH, LINE = (
     4.6,
@@ -38,6 +42,10 @@ LABEL_GAP = 0.05  # of the height of the axes
 MIXED = {"interleaved": "by turns"} | {f"joint-m{weight}": f"joint, μ = {weight}" for weight in WEIGHTS}
 MEASURED, _, OWN, OTHER = sns.color_palette("colorblind")[:4]  # OTHER is measured, too, in a second way
 PERFECT = "0.55"
+PREDICTED: dict[Literal["perfect_learner", "own_belief"], tuple[str, Any]] = {
+    "perfect_learner": ("perfect learner", PERFECT),
+    "own_belief": ("own belief", OWN),
+}
 
 
 def set_style() -> None:
@@ -132,6 +140,20 @@ def draw_mean(axes: Axes, x: float, y: OverSeeds, **style) -> None:
     """One mean over seeds with its 95 % interval."""
     low, high = y["ci95"] or [y["mean"]] * 2
     axes.errorbar(x, y["mean"], [[y["mean"] - low], [high - y["mean"]]], capsize=3, **{"color": MEASURED, **style})
+
+
+def draw_predicted(
+    axes: Axes, changes: Sequence[tuple[float, Change]], legend: bool = False, **style
+) -> dict[str, tuple[float, Any]]:
+    """What was predicted of ``changes``, each at its x, a curve for each kind that is known; ends for `label_ends`."""
+    ends: dict[str, tuple[float, Any]] = {}
+    for kind, (words, colour) in PREDICTED.items():
+        known = [(x, change[kind]) for x, change in changes if change[kind] is not None]
+        if known:
+            label = f"predicted: {words}" if legend else None
+            axes.plot(*zip(*known, strict=True), color=colour, label=label, **style)
+            ends[words] = known[-1][1], colour  # type: ignore[assignment]
+    return ends
 
 
 def moved_apart(wanted: ArrayLike, gaps: ArrayLike) -> np.ndarray:
@@ -699,17 +721,8 @@ def draw_sweep(entries: list[SweepEntry]) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     plain = sorted((e for e in entries if not e["varied"] and not e["is_half"]), key=lambda e: e["beta"])
     kinds = list(dict.fromkeys(e["varied"] for e in entries if e["varied"]))
-    changes: tuple[Literal["change_of_loss", "change_of_reward"], ...] = ("change_of_loss", "change_of_reward")
-    kinds_of_prediction: tuple[tuple[Literal["perfect_learner", "own_belief"], str, Any], ...] = (
-        ("perfect_learner", "a perfect learner", "0.6"),
-        ("own_belief", "own belief", OWN),
-    )
-    for panel, name in zip(panels, changes, strict=True):
-        for key, text, shade in kinds_of_prediction:
-            known = [e for e in plain if e[name][key] is not None]
-            panel.plot(
-                [e["beta"] for e in known], [e[name][key] for e in known], color=shade, label=f"predicted: {text}"
-            )
+    for panel, (name, words) in zip(panels, CHANGES.items(), strict=True):
+        draw_predicted(panel, [(e["beta"], e[name]) for e in plain], legend=True)
         for shift, entry in [(0, e) for e in plain] + [
             (1 + kinds.index(e["varied"]), e) for e in entries if e["varied"]
         ]:
@@ -722,7 +735,7 @@ def draw_sweep(entries: list[SweepEntry]) -> Figure:
                 fillstyle="full" if shift == 0 else "none",
                 label=f"measured{', ' * bool(entry['varied'])}{entry['varied']}",
             )
-        panel.set(xscale="log", xlabel="β, reward per nat of KL", ylabel=CHANGES[name])
+        panel.set(xscale="log", xlabel="β, reward per nat of KL", ylabel=words)
     lowest = min((entry["change_of_loss"]["measured"]["ci95"] or [0.0])[0] for entry in entries)
     panels[0].set_yscale("symlog", linthresh=0.1)
     panels[0].set_ylim(bottom=min(0.0, 1.2 * lowest))
@@ -738,11 +751,7 @@ def draw_who_pays(payers: list[Payer], tilt: Tilt) -> Figure:
     On the right a mark per bin of the probability that the label had before RL, its size the share of sentences.
     """
     figure, (rises, shifts) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    ends = {}
-    for key, text, colour in (("perfect_learner", "perfect learner", PERFECT), ("own_belief", "own belief", OWN)):
-        values = [payer[key] for payer in payers]  # type: ignore[literal-required]
-        rises.plot(range(len(payers)), values, color=colour, marker="D", fillstyle="none")
-        ends[text] = (values[-1], colour)
+    ends = draw_predicted(rises, list(enumerate(payers)), marker="D", fillstyle="none")
     for place, payer in enumerate(payers):
         draw_mean(rises, place, payer["measured"], fmt="o")
     ends["measured"] = (payers[-1]["measured"]["mean"], MEASURED)
@@ -775,13 +784,7 @@ def draw_crossing(crossing: Crossing) -> Figure:
     figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
     sweep = [point for point in crossing["points"] if point["run"] != "sft-rl"]
     by_beta = {point["beta"]: point for point in reversed(crossing["points"])}  # the sweep's where there are two
-    predicted = [by_beta[beta] for beta in sorted(by_beta, reverse=True)]
-    ends = {}
-    for key, text, colour in (("perfect_learner", "perfect learner", PERFECT), ("own_belief", "own belief", OWN)):
-        known = [(point["beta"], point[key]) for point in predicted if point[key] is not None]  # type: ignore[literal-required]
-        if known:
-            axes.plot(*zip(*known, strict=True), color=colour, marker="D", fillstyle="none")
-            ends[text] = (known[-1][1], colour)
+    ends = draw_predicted(axes, sorted(by_beta.items(), reverse=True), marker="D", fillstyle="none")
     for point in sweep:
         draw_mean(axes, point["beta"], point["measured"], fmt="o")
     ends["measured"] = (sweep[-1]["measured"]["mean"], MEASURED)
