@@ -214,11 +214,11 @@ def label_levels(axes: Axes, levels: dict[str, float]) -> None:
     low, high = min(low, *levels.values()), max(high, *levels.values())
     margin = 0.03 * (high - low)
     axes.set_ylim(low - margin, high + margin)
-    free = low - margin
-    for text, value in sorted(levels.items(), key=lambda item: item[1]):
+    texts = sorted(levels, key=lambda text: levels[text])
+    places = moved_apart([levels[text] for text in texts], [LABEL_GAP * (high - low)] * (len(texts) - 1))
+    for text, place in zip(texts, places, strict=True):
+        value = levels[text]
         axes.axhline(value, color="0.35", linestyle=":", linewidth=1.4, zorder=1)
-        place = max(value, free)
-        free = place + 0.05 * (high - low)
         axes.annotate(
             f"{text}: {value:.3f}",
             (1.0, value),
