@@ -23,8 +23,7 @@ from nondecoupling.analysis.claims import (
     not_run,
 )
 from nondecoupling.analysis.collapse import is_failed_judge
-from nondecoupling.analysis.measures import advantage, kl_between, loss_per_nat, temperature_curve
-from nondecoupling.analysis.predictions import policies_of
+from nondecoupling.analysis.measures import advantage, kl_between, loss_per_nat
 from nondecoupling.analysis.statistics import interval_text
 from nondecoupling.study.contracts import ClaimRow
 from nondecoupling.study.plan import MAKES, SEQUENTIAL
@@ -210,11 +209,6 @@ def reward_per_nat(results: Results) -> pd.DataFrame:
 
 
 # Joint training
-
-
-def temperature_curves(results: Results, run: str) -> list[pd.DataFrame]:
-    """`measures.temperature_curve` of a run's policy, for each seed."""
-    return [temperature_curve(odds, answers["label"]) for odds, answers in policies_of(results, run)]
 
 
 def values_of_joint(results: Results) -> dict[str, pd.Series]:

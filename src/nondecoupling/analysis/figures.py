@@ -673,13 +673,13 @@ def draw_theory(q: ArrayLike, beta: float, policies: pd.DataFrame, curves: list[
     """The paper in one figure: what ideal stages do to the two goals, and where trained ones land.
 
     ``q`` is as in `draw_frontier`. ``policies`` is `predictions.measured_levels` of the experiments' runs; ``curves``
-    are each seed's SFT policy made sharper and less sharp by one number, ``loss, reward``.
+    are each seed's SFT policy made sharper and less sharp by one number, ``sft_loss, reward``.
     """
     figure, (ideal, trained) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
     draw_frontier(ideal, q, beta)
     ideal.set_title("Ideal stages, two labels")
     for curve in curves:
-        trained.plot(curve["loss"], curve["reward"], color="0.65", linewidth=1, zorder=0)
+        trained.plot(curve["sft_loss"], curve["reward"], color="0.65", linewidth=1, zorder=0)
     trained.plot([], [], color="0.65", label="SFT, made sharper by one number")
     mean = policies.groupby("run")[["loss", "reward", "greedy"]].mean()
     style = {"arrowstyle": "-|>", "linewidth": 2, "shrinkA": 8, "shrinkB": 8}

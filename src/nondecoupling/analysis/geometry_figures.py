@@ -23,12 +23,11 @@ from nondecoupling.analysis.figures import (
     title_of_story,
 )
 from nondecoupling.analysis.geometry import FREE, PATHS, mean_path, while_rising
-from nondecoupling.analysis.measures import temperature_curve
+from nondecoupling.analysis.measures import temperature_curves
 from nondecoupling.analysis.predictions import (
     FRONTIER_BETAS,
     frontier,
     known_agreement,
-    label_log_odds,
     measured_levels,
     own_frontier,
 )
@@ -176,12 +175,8 @@ def draw_story(results: Results) -> Figure:
         axes.plot(edge["sft_loss"], edge["reward"], color=PERFECT, linewidth=5, alpha=0.4, zorder=0)
     own = own_frontier(results, FRONTIER_BETAS)
     axes.plot(own["sft_loss"], own["reward"], color=OWN, linewidth=5, alpha=0.35, zorder=0)
-    cold = [
-        temperature_curve(label_log_odds(answers), answers["label"])
-        for answers in (results.answers_of("sft", seed) for seed in results.seeds)
-    ]
-    tempered = sum(curve[["sft_loss", "reward"]] for curve in cold) / len(cold)
-    sharper = tempered[cold[0]["temperature"] <= 1]
+    tempered = sum(temperature_curves(results, "sft")) / len(results.seeds)
+    sharper = tempered[tempered["temperature"] <= 1]
     axes.plot(sharper["sft_loss"], sharper["reward"], ":", color="0.3", zorder=1)
     for run in runs:
         rows = levels[levels["run"] == run]

@@ -14,7 +14,8 @@ from scipy.special import log_expit
 from sklearn.metrics import roc_auc_score
 
 from nondecoupling.analysis import predictions, theory
-from nondecoupling.analysis.predictions import label_log_odds, label_policy, labels_given
+from nondecoupling.analysis.predictions import label_log_odds, label_policy, labels_given, policies_of
+from nondecoupling.study.results import Results
 
 TEMPERATURES = np.geomspace(0.2, 5, 200)  # of a curve, from cold to hot
 
@@ -113,6 +114,11 @@ def temperature_curve(log_odds: ArrayLike, labels: ArrayLike) -> pd.DataFrame:
     for_label = np.asarray(log_odds) * np.where(np.asarray(labels) == 1, 1, -1) / TEMPERATURES[:, None]
     loss, reward = -log_expit(for_label).mean(axis=1), np.tanh(for_label / 2).mean(axis=1)
     return pd.DataFrame({"temperature": TEMPERATURES, "sft_loss": loss, "reward": reward})
+
+
+def temperature_curves(results: Results, run: str) -> list[pd.DataFrame]:
+    """`temperature_curve` of a run's policy on dev, for each seed."""
+    return [temperature_curve(odds, answers["label"]) for odds, answers in policies_of(results, run)]
 
 
 def advantage(answers: pd.DataFrame, rivals: Sequence[pd.DataFrame]) -> tuple[float, float]:
