@@ -132,17 +132,17 @@ def test_levels_without_predictions():
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.5, 3.0])
-def test_beta_at_a_loss_is_the_beta_that_has_it(beta):
+def test_where_a_loss_is_reached_is_the_beta_that_has_it(beta):
     q = np.array([0.6, 0.9, 1.0])
 
     def loss_at(b):
         return float(np.mean(theory.rl_loss(q, b)))
 
-    assert predictions.beta_at(loss_at, loss_at(beta)) == pytest.approx(beta, rel=1e-6)
-    assert predictions.beta_at(loss_at, float(np.mean(theory.calibrated_loss(q)))) is None
-    assert predictions.beta_at(loss_at, 0.1) is None
-    assert predictions.beta_at(loss_at, 500.0) is None  # further than any beta takes it
-    assert predictions.beta_at(lambda b: 0.0, 0.5) is None  # labels that are certain
+    assert predictions.where_loss_is(loss_at(beta), loss_at) == pytest.approx(beta, rel=1e-6)
+    assert predictions.where_loss_is(float(np.mean(theory.calibrated_loss(q))), loss_at) is None
+    assert predictions.where_loss_is(0.1, loss_at) is None
+    assert predictions.where_loss_is(500.0, loss_at) is None  # further than any beta takes it
+    assert predictions.where_loss_is(0.5, lambda b: 0.0) is None  # labels that are certain
 
 
 def test_frontiers_are_the_closed_forms():

@@ -6,13 +6,19 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq
 from scipy.special import expit, log_expit, log_softmax, logit
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.identities import identity_gaps
 from nondecoupling.analysis.measures import best_temperature, temperature_of_least_loss
-from nondecoupling.analysis.predictions import agreement_of, known_agreement, label_log_odds, levels, policies_of
+from nondecoupling.analysis.predictions import (
+    agreement_of,
+    known_agreement,
+    label_log_odds,
+    levels,
+    policies_of,
+    where_loss_is,
+)
 from nondecoupling.analysis.statistics import over_seeds
 from nondecoupling.analysis.sweep import change_of, crossing, slope_of_shift, summarise_sweep
 from nondecoupling.study.contracts import (
@@ -220,15 +226,14 @@ def calibration(results: Results) -> dict[str, OverSeeds]:
     }
 
 
-def sharpening(log_odds: np.ndarray, labels: pd.Series, loss: float) -> tuple[float, float]:
-    """The temperature of least loss of a policy, and the lower one at which it has ``loss`` (nan if there is none)."""
+def sharpening(log_odds: np.ndarray, labels: pd.Series, loss: float) -> tuple[float, float | None]:
+    """The temperature of least loss of a policy, and the lower one at which it has ``loss`` (None if there is none)."""
 
-    def excess(log_t: float) -> float:
-        return theory.loss_on_labels(theory.tempered_log_odds(log_odds, np.exp(log_t)), labels) - loss
+    def loss_at(temperature: float) -> float:
+        return theory.loss_on_labels(theory.tempered_log_odds(log_odds, temperature), labels)
 
     best = best_temperature(theory.two_label_policy(log_odds), theory.certain(labels, 2))
-    crossed = excess(np.log(best)) < 0 < excess(-9)
-    return best, float(np.exp(brentq(excess, -9, np.log(best)))) if crossed else np.nan
+    return best, where_loss_is(loss, loss_at, np.exp(-9), best)
 
 
 def sharpened_alike(results: Results) -> pd.DataFrame:
@@ -243,10 +248,10 @@ def sharpened_alike(results: Results) -> pd.DataFrame:
         answers = results.answers_of("sft", seed)
         log_odds, labels = label_log_odds(answers), answers["label"]
         least, t = sharpening(log_odds, labels, loss)
-        on_curve = np.nan if np.isnan(t) else theory.reward_on_labels(log_odds / t, labels)
+        on_curve = np.nan if t is None else theory.reward_on_labels(log_odds / t, labels)
         found = {"T of least L": least, "T at RL's L": t, "L": loss, "J, SFT at T": on_curve, "J, RL": reward}
         rows.append({"seed": seed, **found, "difference": reward - on_curve})
-    return pd.DataFrame(rows).set_index("seed")
+    return pd.DataFrame(rows).set_index("seed").astype(float)
 
 
 def decoding(results: Results) -> Decoding:

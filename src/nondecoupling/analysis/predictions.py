@@ -88,14 +88,19 @@ def policies_of(results: Results, run: str) -> list[tuple[np.ndarray, pd.DataFra
     return [(label_log_odds(answers), answers) for answers in answers_by_seed(results, run)]
 
 
-def beta_at(loss_at: Callable[[float], float], level: float) -> float | None:
-    """The beta between 0.001 and 1000 at which RL whose loss is ``loss_at(beta)`` ends at ``level``; None for none."""
+def where_loss_is(
+    level: float, loss_at: Callable[[float], float], low: float = 1e-3, high: float = 1e3
+) -> float | None:
+    """The beta, or temperature, between ``low`` and ``high`` at which a loss that falls with it is ``level``.
 
-    def excess(log_beta: float) -> float:
-        return loss_at(float(np.exp(log_beta))) - level
+    None where the loss is not above ``level`` at ``low`` and below it at ``high``.
+    """
 
-    low, high = np.log(1e-3), np.log(1e3)
-    return float(np.exp(brentq(excess, low, high))) if excess(high) < 0 < excess(low) else None
+    def excess(log_x: float) -> float:
+        return loss_at(float(np.exp(log_x))) - level
+
+    least, most = np.log(low), np.log(high)
+    return float(np.exp(brentq(excess, least, most))) if excess(most) < 0 < excess(least) else None
 
 
 # Levels: where each policy of the two experiments should end, and where it did

@@ -14,7 +14,7 @@ from scipy.special import expit, logit
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.claims import interval_of, verdict_of_amount
-from nondecoupling.analysis.predictions import agreement_of, beta_at, label_log_odds, policies_of
+from nondecoupling.analysis.predictions import agreement_of, label_log_odds, policies_of, where_loss_is
 from nondecoupling.analysis.statistics import over_seeds
 from nondecoupling.study.contracts import Change, Crossing, CrossingPoint, OverSeeds, SweepEntry
 from nondecoupling.study.plan import Run, one_per_beta
@@ -206,7 +206,7 @@ def crossing(results: Results) -> Crossing | None:
     table = pd.DataFrame(curve).sort_index(axis=1, ascending=False)
     by_seed = [crossing_of(table.columns.to_numpy(), row) for row in table.to_numpy()]
     found = {
-        kind: geometric_mean([beta_at(partial(loss, place), base.iloc[place]) for place in places])
+        kind: geometric_mean([where_loss_is(base.iloc[place], partial(loss, place)) for place in places])
         for kind, loss in predicted.items()
     }
     means = {kind: mean["mean"] if mean else None for kind, mean in found.items()}
