@@ -101,7 +101,7 @@ def measure_ours(study: Study, base: Path, data: Path, steps: int) -> dict[str, 
 
     sft = seconds_per_step(partial(run, "sft", train_sft), steps)
     rl = seconds_per_step(partial(run, "rl", train_rl), steps)
-    return costs(study, sft, rl, peak_memory())
+    return costs(sft, rl, rows_per_step(study.profile), peak_memory())
 
 
 def short_stage(study: Study, run: str, steps: int, base: Path, data: Path) -> Any:
@@ -110,12 +110,17 @@ def short_stage(study: Study, run: str, steps: int, base: Path, data: Path) -> A
     return bench_stage(study_of(study.name, profile), run, base, data)
 
 
-def costs(study: Study, sft: float, rl: float, memory: int) -> dict[str, Any]:
-    """A configuration's row, from seconds per step with the profile's own batches."""
-    answers = study.profile.rl.prompts_per_step * study.profile.rl.answers_per_prompt
+def rows_per_step(profile: Profile) -> tuple[int, int]:
+    """Sentences of a step of SFT and answers of one of RL, as the profile has them."""
+    return profile.sft.batch_size, profile.rl.prompts_per_step * profile.rl.answers_per_prompt
+
+
+def costs(sft: float, rl: float, rows: tuple[int, int], memory: int) -> dict[str, Any]:
+    """A configuration's row, from seconds and rows per step of SFT and of RL, and bytes."""
+    sentences, answers = rows
     return {
         "sft_seconds_per_step": sft,
-        "sft_sentences_per_step": study.profile.sft.batch_size,
+        "sft_sentences_per_step": sentences,
         "rl_seconds_per_step": rl,
         "rl_answers_per_step": answers,
         "answers_per_second": round(answers / rl, 2),
@@ -168,7 +173,7 @@ def measure_equal(study: Study, base: Path, data: Path, steps: int) -> dict[str,
 
     sft = seconds_per_step(lambda count: seconds_of(sft_trainer(count)), steps)
     rl = seconds_per_step(lambda count: seconds_of(rl_trainer(count)), steps)
-    return costs(study, sft, rl, peak_memory())
+    return costs(sft, rl, rows_per_step(study.profile), peak_memory())
 
 
 def measure_defaults(study: Study, base: Path, data: Path, steps: int) -> dict[str, Any]:
@@ -211,14 +216,7 @@ def measure_defaults(study: Study, base: Path, data: Path, steps: int) -> dict[s
 
         sft, rl = seconds_per_step(run_sft, steps), seconds_per_step(run_rl, steps)
         rows = SFTConfig(**quiet).per_device_train_batch_size
-    return {
-        "sft_seconds_per_step": sft,
-        "sft_sentences_per_step": rows,
-        "rl_seconds_per_step": rl,
-        "rl_answers_per_step": rows,
-        "answers_per_second": round(rows / rl, 2),
-        "peak_memory_bytes": peak_memory(),
-    }
+    return costs(sft, rl, (rows, rows), peak_memory())
 
 
 def measure(study: Study, configuration: str, base: Path, data: Path, steps: int) -> dict[str, Any]:
@@ -332,6 +330,53 @@ def in_rounds(tasks: dict[str, tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
     return {name: median_of(found) for name, found in rounds.items()}
 
 
+def base_to_measure(study: Study, random_weights: bool, folder: Path) -> Path:
+    """The base model that configurations start from; made in ``folder`` where it is not the user's own."""
+    from nondecoupling.training.base import base_folder
+    from nondecoupling.training.pretrain import pretrain
+
+    settings = study.profile
+    if random_weights:
+        base_with_random_weights(settings, folder)
+    elif settings.pretrains and settings.pretrain:
+        print("pretraining the embedded base", flush=True)
+        pretrain(settings.pretrain, settings.data, settings.prompt, set(), folder, seed=0)
+    else:
+        return base_folder(study, study.run("base"), 0)
+    return folder
+
+
+def measure_study(study: Study, random_weights: bool) -> dict[str, Any]:
+    """A study's entry in a machine's file: its configurations, and the parts of a replication of an embedded model."""
+    from nondecoupling.task import corpus
+
+    left_out = ["8-bit"] if study.profile.adaptation.method == "full" else []
+    chosen = [name for name in CONFIGURATIONS if name not in left_out]
+    weights = "random weights of its exact shape" if random_weights else "its weights"
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        data.mkdir()
+        data = corpus.collect_corpus(study.profile.data, 0, data)
+        base = base_to_measure(study, random_weights, Path(folder) / "base")
+        print(f"{study.name} on {machine_name()}, {weights}: {len(chosen)} configurations, {ROUNDS} rounds", flush=True)
+        measured = in_rounds({name: (measure, study, name, base, data, STEPS) for name in chosen})
+    entry = {"random_weights": random_weights, "packages": provenance.package_versions(), "measured": measured}
+    if study.profile.pretrains and not study.chosen:  # of a profile as it is, one replication takes a minute or two
+        entry["parts"] = in_rounds({how: (seconds_of_parts, study, how) for how in (NOTEBOOKS, SCRIPT)})
+    return entry
+
+
+def write_entry(study: Study, entry: dict[str, Any], memory_of: str) -> Path:
+    """Write a study's entry to this machine's file, beside those of other studies."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / f"{machine_name()}.json"
+    content = folders.read_json(path) if path.exists() else {"profiles": {}}
+    content |= {"machine": provenance.gpu_name() or provenance.cpu_name(), "memory_of": memory_of}
+    content["profiles"][study.name] = entry
+    folders.write_json(path, content)
+    return path
+
+
 def run_bench(study: Study, random_weights: bool) -> None:
     """Measure every configuration, write this machine's file, print the table and renew the documents'."""
     from nondecoupling.workflow.reference import write_between
@@ -341,43 +386,13 @@ def run_bench(study: Study, random_weights: bool) -> None:
     import torch
 
     from nondecoupling.analysis.tables import markdown_table
-    from nondecoupling.task import corpus
-    from nondecoupling.training.base import base_folder
-    from nondecoupling.training.pretrain import pretrain
 
-    settings, name = study.profile, machine_name()
-    with tempfile.TemporaryDirectory() as folder:
-        data, base = Path(folder) / "data", Path(folder) / "base"
-        data.mkdir()
-        data = corpus.collect_corpus(settings.data, 0, data)
-        if random_weights:
-            base_with_random_weights(settings, base)
-        elif settings.pretrains and settings.pretrain:
-            print("pretraining the embedded base", flush=True)
-            pretrain(settings.pretrain, settings.data, settings.prompt, set(), base, seed=0)
-        else:
-            base = base_folder(study, study.run("base"), 0)
-        left_out = ["8-bit"] if settings.adaptation.method == "full" else []
-        chosen, weights = [name for name in CONFIGURATIONS if name not in left_out], "its weights"
-        if random_weights:
-            weights = "random weights of its exact shape"
-        print(f"{study.name} on {name}, {weights}: {len(chosen)} configurations, {ROUNDS} rounds", flush=True)
-        measured = in_rounds({name: (measure, study, name, base, data, STEPS) for name in chosen})
-    whole = settings.pretrains and not study.chosen  # of a profile as it is, one replication takes a minute or two
-    parts = in_rounds({how: (seconds_of_parts, study, how) for how in (NOTEBOOKS, SCRIPT)}) if whole else {}
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / f"{name}.json"
-    content = folders.read_json(path) if path.exists() else {"profiles": {}}
-    machine, memory_of = provenance.gpu_name() or provenance.cpu_name(), "GPU" if torch.cuda.is_available() else "host"
-    packages = provenance.package_versions()
-    content |= {"machine": machine, "memory_of": memory_of}
-    content["profiles"][study.name] = {"random_weights": random_weights, "packages": packages, "measured": measured}
-    if whole:
-        content["profiles"][study.name]["parts"] = parts
-    folders.write_json(path, content)
-    write_between(BEGIN, END, markdown_table(bench_table(committed_machines())))
-    write_between(BEGIN_PARTS, END_PARTS, parts_text(committed_machines()))
-    print(bench_table({name: content}).to_string(index=False))
+    entry = measure_study(study, random_weights)
+    path = write_entry(study, entry, memory_of="GPU" if torch.cuda.is_available() else "host")
+    machines = committed_machines()
+    write_between(BEGIN, END, markdown_table(bench_table(machines)))
+    write_between(BEGIN_PARTS, END_PARTS, parts_text(machines))
+    print(bench_table({path.stem: machines[path.stem]}).to_string(index=False))
     print(f"{path}; the tables in docs/paper-setting.md are renewed")
 
 
