@@ -4,6 +4,7 @@ the beta at which it ends at the base's loss.
 Losses (nats) and rewards are those of the two labels, renormalised, on the dev labels as given.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -183,31 +184,19 @@ def crossing(results: Results) -> Crossing | None:
     betas = {run.name: study.settings_of(run).rl.beta for run in (*runs, own)}
     if betas["sft-rl"] == 0:  # no closed form
         del betas["sft-rl"]
-    base, policies = loss_of(results, "base"), policies_of(results, "sft")
-    agreement = [agreement_of(answers) for _, answers in policies]
-    known = all(q is not None for q in agreement)
-
-    def own_loss(place: int, beta: float) -> float:
-        log_odds, answers = policies[place]
-        return theory.loss_on_labels(theory.self_tilted_log_odds(log_odds, beta), answers["label"])
-
-    def perfect_loss(place: int, beta: float) -> float:
-        return float(np.mean(theory.rl_loss(agreement[place], beta)))  # type: ignore[arg-type]
-
-    predicted = {"own belief": own_loss} | ({"perfect learner": perfect_loss} if known else {})
+    base, predicted, points = loss_of(results, "base"), predicted_losses(results), []
     curve: dict[float, pd.Series] = {}
-    places, points = range(len(results.seeds)), []
     for name, beta in betas.items():
         part = pd.DataFrame({"loss": loss_of(results, name) - base})
-        for kind, loss in predicted.items():
-            part[f"loss, {kind}"] = [loss(place, beta) for place in places] - base
+        for kind, losses in predicted.items():
+            part[f"loss, {kind}"] = pd.Series({seed: loss(beta) for seed, loss in losses.items()}) - base
         points.append(CrossingPoint(**change_of(part, "loss"), run=name, beta=beta))
         curve.setdefault(beta, part["loss"])  # of the study's own beta the run with more steps
     table = pd.DataFrame(curve).sort_index(axis=1, ascending=False)
     by_seed = [crossing_of(table.columns.to_numpy(), row) for row in table.to_numpy()]
     found = {
-        kind: geometric_mean([where_loss_is(base.iloc[place], partial(loss, place)) for place in places])
-        for kind, loss in predicted.items()
+        kind: geometric_mean([where_loss_is(base[seed], loss) for seed, loss in losses.items()])
+        for kind, losses in predicted.items()
     }
     means = {kind: mean["mean"] if mean else None for kind, mean in found.items()}
     return {
@@ -217,6 +206,26 @@ def crossing(results: Results) -> Crossing | None:
         "own_belief": means["own belief"],
         "perfect_learner": means.get("perfect learner"),
     }
+
+
+def predicted_losses(results: Results) -> dict[str, dict[int, Callable[[float], float]]]:
+    """Where the SFT loss ends by ideal RL after SFT, a function of beta for each seed, by who predicts it.
+
+    By own belief from the measured SFT policy; for a perfect learner, where q(x) is known, from the calibrated one.
+    """
+
+    def own_loss(log_odds: np.ndarray, labels: pd.Series, beta: float) -> float:
+        return theory.loss_on_labels(theory.self_tilted_log_odds(log_odds, beta), labels)
+
+    def perfect_loss(q: np.ndarray, beta: float) -> float:
+        return float(np.mean(theory.rl_loss(q, beta)))
+
+    found: dict[str, dict[int, Callable[[float], float]]] = {"own belief": {}, "perfect learner": {}}
+    for seed, (log_odds, answers) in zip(results.seeds, policies_of(results, "sft"), strict=True):
+        found["own belief"][seed] = partial(own_loss, log_odds, answers["label"])
+        if (q := agreement_of(answers)) is not None:
+            found["perfect learner"][seed] = partial(perfect_loss, q)
+    return {kind: losses for kind, losses in found.items() if len(losses) == len(results.seeds)}
 
 
 def loss_of(results: Results, run: str) -> pd.Series:
