@@ -11,13 +11,13 @@ import pytest
 from making import environment
 from nondecoupling.study import fingerprint as fingerprints
 from nondecoupling.study import folders
-from nondecoupling.study.plan import SUMMARIES
+from nondecoupling.study.plan import MAKES, SUMMARIES
 from nondecoupling.study.study import load_study, study_of, with_overrides
 from nondecoupling.workflow import executor, graph
 
 MAIN = {"data", "base", "sft", "sft-rl", "rl", "rl-sft"}
 MADE_OF_ALL = {"theory", "claims", "tables", "report"}
-ALL_GROUPS = [["main"], ["main", "sweep"], list(graph.GROUPS)]
+ALL_GROUPS = [["main"], ["main", "sweep"], list(MAKES)]
 
 
 @pytest.fixture

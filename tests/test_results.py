@@ -14,6 +14,7 @@ from nondecoupling.study.study import load_study
 
 REFERENCES = sorted((folders.REPOSITORY / "results" / "reference").iterdir())
 SEEDS = [3, 5]
+TABLES = (results.METRICS, results.TRAJECTORIES, results.ANSWERS, results.COSTS)
 
 
 def answers_of(run, seed):
@@ -98,12 +99,12 @@ def test_runs_become_tables_and_are_read_back_to_the_last_digit(study):
     for name in ("metrics", "trajectories", "answers"):
         pd.testing.assert_frame_equal(getattr(read, name), getattr(collected, name), check_exact=True)
     assert read.provenance | {"tables": {}} == collected.provenance
-    assert set(read.provenance["tables"]) == set(results.TABLES) - {results.PROVENANCE}
+    assert set(read.provenance["tables"]) == set(TABLES)
     assert read.seeds == SEEDS
     assert (read.own, read.source) == (True, "this study's own runs")
 
 
-@pytest.mark.parametrize("name", results.TABLES)
+@pytest.mark.parametrize("name", [*TABLES, results.PROVENANCE])
 def test_a_damaged_table_is_named(study, name):
     results.write_results(results.collect(study, SEEDS, study.runs_of("main")))
     path = folders.study_folder(study) / name

@@ -379,11 +379,6 @@ def test_no_other_probability_is_worth_more_at_its_price(q, price):
     assert worth(best) >= worth(np.linspace(0, 1, 400)).max() - 1e-9
 
 
-def test_rl_probability_from_other_starts():
-    assert theory.rl_probability(0.9, 1.6 / math.log(3), p0=0.5) == close(0.75)
-    assert theory.rl_probability(0.9, 1e-3, p0=[0.0, 1e-9, 1.0]) == close(np.array([0.0, 1.0, 1.0]))
-
-
 # Measured two-label policies
 
 LOG_ODDS, TRUTH, DISAGREEMENT = np.array([2.0, -0.3, 0.4]), np.array([1, 1, 0]), 0.1
@@ -711,8 +706,6 @@ def test_probabilities_and_truth_must_be_in_range():
     for function in (theory.calibrated_loss, theory.calibrated_reward, theory.sharp_reward):
         with pytest.raises(ValueError, match="likelier"):
             function([0.7, 0.4])
-    with pytest.raises(ValueError, match="p0"):
-        theory.rl_probability(0.7, 1.0, p0=1.1)
     with pytest.raises(ValueError, match="m must"):
         theory.perfect_demonstration_change(-0.1, 1.0)
     with pytest.raises(ValueError, match="truth"):

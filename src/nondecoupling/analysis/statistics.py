@@ -162,7 +162,7 @@ def holm(p_values: list[float | None]) -> list[float | None]:
     return [None if p is None else next(corrected) for p in p_values]
 
 
-def mcc_interval(labels: ArrayLike, before: ArrayLike, after: ArrayLike, seed: int, resamples: int = 999) -> Interval:
+def mcc_interval(labels: ArrayLike, before: ArrayLike, after: ArrayLike, seed: int) -> Interval:
     """Difference of the Matthews correlations of ``after`` and ``before`` with the labels, by paired bootstrap.
 
     All three are arrays of labels, shape (n,), over the same sentences; the interval is the 95 % percentile interval.
@@ -190,14 +190,14 @@ def mcc_interval(labels: ArrayLike, before: ArrayLike, after: ArrayLike, seed: i
 
     rng = np.random.default_rng(seed)
     result = stats.bootstrap(
-        (truth, a, b), difference, n_resamples=resamples, paired=True, vectorized=True, batch=100, method="percentile",
+        (truth, a, b), difference, n_resamples=999, paired=True, vectorized=True, batch=100, method="percentile",
         confidence_level=CONFIDENCE, rng=rng,
     )  # fmt: skip
     low, high = result.confidence_interval
     return Interval(float(difference(truth, a, b)), float(low), float(high), len(truth))
 
 
-def bootstrap_interval(differences: ArrayLike, seed: int, resamples: int = 9999) -> Interval:
+def bootstrap_interval(differences: ArrayLike, seed: int) -> Interval:
     """Mean paired difference over sentences with its 95% BCa bootstrap interval, from differences of shape (n,).
 
     A single difference has nan bounds; differences all equal up to rounding have the mean as both bounds. The same
@@ -211,7 +211,7 @@ def bootstrap_interval(differences: ArrayLike, seed: int, resamples: int = 9999)
         return Interval(mean, mean, mean, n)
     # In batches: all resamples of a thousand sentences at once would take hundreds of megabytes.
     rng = np.random.default_rng(seed)
-    result = stats.bootstrap((sample,), np.mean, n_resamples=resamples, batch=500, confidence_level=CONFIDENCE, rng=rng)
+    result = stats.bootstrap((sample,), np.mean, n_resamples=9999, batch=500, confidence_level=CONFIDENCE, rng=rng)
     low, high = result.confidence_interval
     return Interval(mean, float(low), float(high), n)
 

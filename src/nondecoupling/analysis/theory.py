@@ -186,15 +186,14 @@ def sharp_reward(q: ArrayLike) -> FloatArray:
     return 2 * _likelier(q) - 1
 
 
-def rl_probability(q: ArrayLike, beta: ArrayLike, p0: ArrayLike | None = None) -> FloatArray:
-    """Probability that ideal RL gives the likelier label, from a start that gives it p0 (default: the calibrated q).
+def rl_probability(q: ArrayLike, beta: ArrayLike) -> FloatArray:
+    """Probability that ideal RL from the calibrated policy gives the likelier label.
 
-    The odds p0/(1-p0) grow by exp(2(2q-1)/beta) (ours, from PAPER: closed-form RL optimum). The arguments broadcast.
-    Raises ValueError unless 0.5 <= q <= 1, 0 <= p0 <= 1 and beta > 0.
+    The odds q/(1-q) grow by exp(2(2q-1)/beta) (ours, from PAPER: closed-form RL optimum). The arguments broadcast.
+    Raises ValueError unless 0.5 <= q <= 1 and beta > 0.
     """
     q = _likelier(q)
-    start = q if p0 is None else _probability("p0", p0)
-    return expit(logit(start) + _gain(q, beta))
+    return expit(logit(q) + _gain(q, beta))
 
 
 def rl_loss(q: ArrayLike, beta: ArrayLike) -> FloatArray:

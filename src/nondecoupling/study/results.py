@@ -29,7 +29,6 @@ from nondecoupling.study.study import Study, study_of, validated
 METRICS, TRAJECTORIES, ANSWERS, COSTS = "metrics.csv", "trajectories.csv", "answers.parquet", "costs.csv"
 GRADIENTS, PATHS = "gradients.csv", "paths.csv"
 PROVENANCE = folders.PROVENANCE
-TABLES = (METRICS, TRAJECTORIES, ANSWERS, COSTS, PROVENANCE)
 OPTIONAL = (GRADIENTS, PATHS)  # there where runs of that group are
 TRAINED = ("sft", "rl", "joint", "reward_model")  # stages that have a trajectory
 MEASURED = ("base", *TRAINED)

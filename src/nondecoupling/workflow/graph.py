@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 from nondecoupling.study import folders
 from nondecoupling.study.fingerprint import PACKAGE, code_hashes, fingerprint, kind_of, notebook_of
-from nondecoupling.study.plan import MAKES, SUMMARIES, Group, Run, summaries
+from nondecoupling.study.plan import MAKES, SUMMARIES, Run, summaries
 from nondecoupling.study.study import Study, inputs_of
 
-GROUPS: tuple[Group, ...] = ("main", "sweep", "controls", "geometry")
 TABLES, REPORT = "tables", "report"  # parts that no notebook makes
 INPUTS = "settings/inputs.json"  # what a study reads from folders of the user's: a digest of each file
 # Code that makes them; paths of the package.
@@ -239,10 +238,10 @@ def status_lines(study: Study, seeds: list[int]) -> list[str]:
         marks = [state_of(root, part, stale) for part in parts if part.name == run.name]
         lines.append(f"{run.name:{width}} " + "".join(f" {mark}" for mark in marks))
     lines += ["", "✓ finished   ~ out of date   … interrupted   ✗ failed   · not run", ""]
-    for group in GROUPS:
+    for group, command in MAKES.items():
         targets = [part.target for part in parts if part.name in {run.name for run in study.runs_of(group)}]
         missing = sum(target in stale for target in targets)
         if targets:
-            done, makes = f"{len(targets) - missing:>4} of {len(targets):<4}", MAKES[group] if missing else "complete"
+            done, makes = f"{len(targets) - missing:>4} of {len(targets):<4}", command if missing else "complete"
             lines.append(f"{group:9} {done} {makes}")
     return [*lines, "", str(root)]
