@@ -80,19 +80,24 @@ def code_version() -> dict[str, str | bool | None]:
 
     An archive that is unpacked inside another repository is not of that repository's commit.
     """
-    top = git("rev-parse", "--show-toplevel")
-    if not top or Path(top).resolve() != folders.REPOSITORY.resolve():
-        return {"git_commit": None, "git_dirty": None}
-    changed = git("status", "--porcelain")
-    return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
-
-
-def git(*arguments: str) -> str | None:
-    """Output of a git command in this checkout's folder; None without git or outside a repository."""
+    here = folders.REPOSITORY
     try:
-        done = subprocess.run(["git", *arguments], cwd=folders.REPOSITORY, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        if Path(git(here, "rev-parse", "--show-toplevel")).resolve() == here.resolve():
+            return {"git_commit": git(here, "rev-parse", "HEAD"), "git_dirty": bool(git(here, "status", "--porcelain"))}
+    except RuntimeError:
+        pass
+    return {"git_commit": None, "git_dirty": None}
+
+
+def git(repository: Path, *arguments: str) -> str:
+    """Output of a git command, stripped; RuntimeError in git's own words where it fails, and where there is no git."""
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(command, cwd=repository, capture_output=True, encoding="utf-8", check=False)
+    except OSError as error:
+        raise RuntimeError(f"git {arguments[0]}: {error}") from None
+    if done.returncode:
+        raise RuntimeError(f"git {arguments[0]}: {' '.join(done.stderr.split())}")
     return done.stdout.strip()
 
 

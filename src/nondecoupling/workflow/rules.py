@@ -9,12 +9,13 @@ claims or controls of a reference have an estimate for it.
 import ast
 import json
 import re
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+
+from nondecoupling.study.provenance import git
 
 RESULTS = [f":(glob)results/reference/*/{name}.json" for name in ("claims", "controls")]
 
@@ -37,12 +38,12 @@ def rules_table(ids: Iterable[str], repository: Path) -> pd.DataFrame:
     ``changed`` is when the rule became what it is now; ``results_known`` whether a result of it was committed by then.
     Raises RuntimeError outside a git repository, in a shallow clone, and for a rule that is not committed.
     """
-    if git(repository, "rev-parse", "--is-shallow-repository").strip() == "true":
+    if git(repository, "rev-parse", "--is-shallow-repository") == "true":
         raise RuntimeError("This clone is shallow and cannot say when rules were written; git fetch --unshallow it.")
     rules = list(dict.fromkeys(name.partition("-")[0] for name in ids))
     history, results = commits(repository), first_results(repository)
     defined = definitions_by_commit(repository, [commit.hash for commit in history], rules)
-    now, rows = defined[git(repository, "rev-parse", "HEAD").strip()], []
+    now, rows = defined[git(repository, "rev-parse", "HEAD")], []
     for rule in rules:
         if rule not in now:
             raise RuntimeError(f"src has no committed rule of '{rule}'; a rule is committed before its results.")
@@ -60,14 +61,6 @@ def rules_table(ids: Iterable[str], repository: Path) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def git(repository: Path, *arguments: str) -> str:
-    """Output of a git command; RuntimeError with git's own words where it fails."""
-    done = subprocess.run(["git", *arguments], cwd=repository, capture_output=True, encoding="utf-8", check=False)
-    if done.returncode:
-        raise RuntimeError(f"git {arguments[0]}: {' '.join(done.stderr.split())}")
-    return done.stdout
 
 
 def commits(repository: Path, *paths: str) -> list[Commit]:
