@@ -134,6 +134,13 @@ def built_sft(prepare, tiny_results):
 
 
 @pytest.fixture
+def results(tmp_path, monkeypatch):
+    """An empty folder for the results of a test."""
+    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+@pytest.fixture
 def tiny_study(tiny_results, monkeypatch):
     """The tiny study, with its results where this test run keeps them."""
     monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tiny_results))

@@ -1,6 +1,7 @@
-"""What tests share that look at the Makefile from the outside: make in an environment of its own, and waiting."""
+"""What tests share: make in an environment of its own, waiting, addresses that nobody has, and damage."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -37,6 +38,20 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
         assert time.monotonic() < end, f"{what}: not within {seconds:g} s"
         time.sleep(0.1)
     return found
+
+
+def unused_address() -> str:
+    """An address at which no Dask scheduler is."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+
+def flip(path: Path) -> None:
+    """Change a bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def script_of_docs(name: str) -> str:

@@ -3,7 +3,6 @@
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from making import environment, until
+from making import environment, until, unused_address
 from nondecoupling.study.study import load_study
 from nondecoupling.workflow import carry, executor
 
@@ -179,12 +178,6 @@ def test_files_that_decide_are_the_code_the_notebooks_and_the_lock():
 
 
 # Schedulers
-
-
-def unused_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
 def test_a_scheduler_that_does_not_answer_is_said_in_one_sentence(monkeypatch, capfd):

@@ -6,25 +6,18 @@ import json
 import os
 import platform
 import re
-import socket
 import subprocess
 import sys
 
 import pytest
 
-from making import REPOSITORY, environment, make
+from making import REPOSITORY, environment, make, unused_address
 from nondecoupling.study import folders
 from nondecoupling.study.study import load_study
 from nondecoupling.task import grammar
 from nondecoupling.workflow import executor
 from nondecoupling.workflow.__main__ import main
 from nondecoupling.workflow.executor import alone, progress_line
-
-
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
-    return tmp_path / "results"
 
 
 @pytest.fixture
@@ -150,12 +143,6 @@ def test_ctrl_c_before_anything_is_known_is_quiet(results, monkeypatch, capsys):
     monkeypatch.setattr("nondecoupling.workflow.__main__.load_study", interrupted)
     assert main(["reproduce"]) == 130
     assert tuple(capsys.readouterr()) == ("", "")
-
-
-def unused_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
 @pytest.mark.parametrize(

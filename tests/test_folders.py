@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from pydantic import TypeAdapter
 
+from making import flip
 from nondecoupling.study import folders, provenance
 from nondecoupling.study.contracts import RunFile
 from nondecoupling.study.study import load_study
@@ -151,12 +152,6 @@ def a_result(partial):
     (partial / "trajectory.csv").write_text("step,sft_loss\n0,0.5\n")
     folders.write_json(partial / folders.METRICS, {"status": "complete", "evaluation": {"dev": {"sft_loss": 0.512}}})
     return folders.publish(partial)
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(

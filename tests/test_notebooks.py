@@ -22,12 +22,6 @@ from nondecoupling.workflow.__main__ import main
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    monkeypatch.setenv("NONDECOUPLING_RESULTS", str(tmp_path / "results"))
-    return tmp_path / "results"
-
-
-@pytest.fixture
 def calls(monkeypatch):
     """Notebook and parameters of each that would be executed; none is."""
     import papermill

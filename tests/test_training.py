@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from trl import RewardTrainer, SFTTrainer
 
 from conftest import make_data, tiny
+from making import flip
 from nondecoupling.study import fingerprint, folders
 from nondecoupling.task import prompts
 from nondecoupling.task.annotators import with_true_labels
@@ -433,12 +434,6 @@ class Interrupt(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise KeyboardInterrupt
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
