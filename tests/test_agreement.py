@@ -167,7 +167,7 @@ def test_real_studies_are_told_apart(name):
 
 
 def printed(table, replications=3):
-    text = agreement.in_words(table.reset_index(), replications, 3)
+    text = agreement.comparison_text(table.reset_index(), replications, 3)
     assert max(map(len, text.splitlines())) <= 80
     return text
 

@@ -163,13 +163,13 @@ def test_measured_rises_are_those_of_the_claims(nano):
 
 
 def test_a_stop_shows_what_was_earned_and_paid_up_to_there(nano, mine):
-    path = geometry.mean_path(nano, "plain", 3)
+    path = geometry.ascent(nano, "plain", 3)
     for share, step in ((0.0, 0), (1.0, path.index.max())):
         figure = explore.draw_stopped(nano, 3, share)
         (here,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
         assert (here.get_xdata()[0], here.get_ydata()[0]) == pytest.approx(tuple(path.loc[step, ["reward", "loss"]]))
     assert "(100% of the way's gain for 100% of its price)" in figure.axes[0].get_title()
-    means = [geometry.mean_path(nano, "plain", seed)["loss"].iloc[-1] for seed in nano.seeds]
+    means = [geometry.ascent(nano, "plain", seed)["loss"].iloc[-1] for seed in nano.seeds]
     assert f"for {np.mean(means):+.3f} nats" in explore.draw_stopped(nano, None, 1.0).axes[0].get_title()
     with pytest.raises(ValueError, match="make geometry does"):
         explore.draw_stopped(explore.find_studies()["mine"], None, 0.5)

@@ -158,7 +158,7 @@ def test_frontiers_are_the_closed_forms():
 
 def test_paths_weigh_each_disagreement_by_its_sentences():
     q = [0.9, 0.6, 0.9, 0.9]
-    for curve, points in ((predictions.mean_path, [0.5, 2.0]), (predictions.frontier, [0.1, 3.0])):
+    for curve, points in ((predictions.ideal_path, [0.5, 2.0]), (predictions.frontier, [0.1, 3.0])):
         apart = [curve(one, points) for one in (0.9, 0.6)]
         assert (curve(q, points) - (3 * apart[0] + apart[1]) / 4).abs().max().max() < 1e-12
 
@@ -166,7 +166,7 @@ def test_paths_weigh_each_disagreement_by_its_sentences():
 def test_the_frontier_is_rls_path_for_one_disagreement_and_above_it_for_several():
     prices, betas = np.geomspace(1e-3, 1e3, 4000), np.array([4.0, 1.0, 0.5])
     for q, gap in ((0.8, 0.0), (np.array([0.55, 0.6, 0.95]), 1e-5)):
-        best, path = predictions.frontier(q, prices), predictions.mean_path(q, betas)
+        best, path = predictions.frontier(q, prices), predictions.ideal_path(q, betas)
         above = np.interp(path["sft_loss"], best["sft_loss"], best["reward"]) - path["reward"]
         assert (above >= gap - 1e-6).all()
         assert gap or (above < 1e-6).all()

@@ -101,7 +101,7 @@ def verdict_sentence(table: pd.DataFrame, replications: int, of_reference: int) 
     return f"{said} (at {FAMILYWISE:.0%} over all of them)."
 
 
-def in_words(table: pd.DataFrame, replications: int, of_reference: int) -> str:
+def comparison_text(table: pd.DataFrame, replications: int, of_reference: int) -> str:
     """The result of `compare` for reading: a sentence, what failed, and a line per quantity; at most 80 columns."""
     failed = table[table["result"] == FAIL]
     lines = wrapped(verdict_sentence(table, replications, of_reference))

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from statsmodels.stats.proportion import proportion_confint
 
 from nondecoupling.analysis import theory
-from nondecoupling.analysis.predictions import frontier, label_policy, labels_given, mean_path
+from nondecoupling.analysis.predictions import frontier, ideal_path, label_policy, labels_given
 from nondecoupling.analysis.statistics import interval_text, mean_interval, shown
 from nondecoupling.analysis.wording import in_words
 from nondecoupling.study.contracts import Change, ClaimRow, Crossing, OverSeeds, Payer, SweepEntry, Tilt
@@ -635,7 +635,7 @@ def draw_frontier(axes: Axes, q: ArrayLike, beta: float) -> None:
     """
     functions = (theory.calibrated_loss, theory.calibrated_reward, theory.sharp_reward)
     level, low, high = (float(np.mean(f(q))) for f in functions)
-    loss, reward = mean_path(q, [beta]).iloc[0]
+    loss, reward = ideal_path(q, [beta]).iloc[0]
     width, height = max(2.6 * (loss - level), 0.1), max(high - low, 0.02)
     left, bottom, top = level - 0.3 * width, low - 0.4 * height, high + 0.2 * height
     best = frontier(q, np.logspace(-3, 4, 600))
@@ -644,10 +644,10 @@ def draw_frontier(axes: Axes, q: ArrayLike, beta: float) -> None:
     axes.axvspan(left, level, color="0.93", zorder=0)
     axes.text(left + 0.03 * width, low + 0.2 * height, "no policy\nis here", color="0.45", style="italic", fontsize=10)
     axes.plot(best["sft_loss"], best["reward"], color="0.25", linewidth=1.5)
-    path = mean_path(q, np.geomspace(1e3, beta, 300))
+    path = ideal_path(q, np.geomspace(1e3, beta, 300))
     axes.plot(path["sft_loss"], path["reward"], color=COLOURS["sft-rl"], linewidth=5, alpha=0.6)
     for b in (2, 1, 0.5, 0.25, 0.1):
-        x, y = mean_path(q, [b]).iloc[0]
+        x, y = ideal_path(q, [b]).iloc[0]
         if abs(np.log(b / beta)) > 0.1 and x < level + 0.9 * width:
             axes.plot(x, y, "o", color="0.25", markersize=4)
             axes.annotate(f"β = {b:g}", (x, y), (6, -13), textcoords="offset points", fontsize=9)

@@ -117,7 +117,7 @@ def means_of(rows: pd.DataFrame) -> Any:
 # How long
 
 
-def mean_path(results: Results, path: str, seed: int) -> pd.DataFrame:
+def ascent(results: Results, path: str, seed: int) -> pd.DataFrame:
     """One ascent from a seed's SFT policy, mean of both ways round, by step: changes of L and J since its start.
 
     Columns ``tau, loss, reward``, measured, and ``loss_second, reward_second, loss_linear, reward_linear``.
@@ -153,7 +153,7 @@ def gain_of_rl(results: Results) -> pd.Series:
 def free_share(results: Results) -> pd.Series:
     """Share of RL's gain of J that plain ascent has when the loss has risen by `FREE`, by seed; nan without a gain."""
     gain = gain_of_rl(results)
-    free = pd.Series({seed: value_at(mean_path(results, "plain", seed), "reward", "loss", FREE) for seed in gain.index})
+    free = pd.Series({seed: value_at(ascent(results, "plain", seed), "reward", "loss", FREE) for seed in gain.index})
     return (free / gain).where(gain > 0)
 
 
@@ -166,7 +166,7 @@ def best_stop(path: pd.DataFrame, rate: float, kind: str = "") -> float:
 def duration(results: Results) -> Duration:
     """Ascent from the SFT policy: its path, what is free, and where to stop at which exchange rate."""
     seeds = results.seeds
-    paths = {name: {seed: mean_path(results, name, seed) for seed in seeds} for name in PATHS}
+    paths = {name: {seed: ascent(results, name, seed) for seed in seeds} for name in PATHS}
     points: list[Any] = [  # of PathPoint
         {"path": name, "step": int(step), **means_of(rows)}
         for name, by_seed in paths.items()
@@ -319,7 +319,7 @@ def lojasiewicz(results: Results) -> pd.Series:
 def values_of_geometry(results: Results, changes: pd.DataFrame | None) -> dict[str, pd.Series]:
     """The quantity of each claim by seed; only the claims whose runs are there. ``changes`` are `changes_by_start`."""
     base = geometry_of(results, "base")
-    early = {seed: value_at(mean_path(results, "plain", seed), "loss", "loss_second", EARLY) for seed in results.seeds}
+    early = {seed: value_at(ascent(results, "plain", seed), "loss", "loss_second", EARLY) for seed in results.seeds}
     found = {
         "G1": pd.Series(early),
         "G2": free_share(results),

@@ -22,7 +22,7 @@ from nondecoupling.analysis.figures import (
     legend_below,
     title_of_story,
 )
-from nondecoupling.analysis.geometry import FREE, PATHS, mean_path, while_rising
+from nondecoupling.analysis.geometry import FREE, PATHS, ascent, while_rising
 from nondecoupling.analysis.measures import temperature_curves
 from nondecoupling.analysis.predictions import (
     FRONTIER_BETAS,
@@ -195,7 +195,7 @@ def draw_story(results: Results) -> Figure:
         )
         labels[NAMES.get(run, STORY.get(run, run))] = loss.mean, reward.mean, colour
     if len(results.paths):
-        paths = [mean_path(results, "plain", seed) for seed in results.seeds]
+        paths = [ascent(results, "plain", seed) for seed in results.seeds]
         start = levels[levels["run"] == "sft"][["loss", "reward"]].mean()
         way = sum(path[["loss", "reward"]] for path in paths) / len(paths) + start
         axes.plot(way["loss"], way["reward"], color=COLOURS["sft-rl"], linewidth=1.5, zorder=2)

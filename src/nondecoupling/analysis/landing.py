@@ -20,7 +20,7 @@ from nondecoupling.analysis.predictions import (
     where_loss_is,
 )
 from nondecoupling.analysis.statistics import over_seeds
-from nondecoupling.analysis.sweep import change_of, crossing, slope_of_shift, summarise_sweep
+from nondecoupling.analysis.sweep import change_over_seeds, crossing, slope_of_shift, summarise_sweep
 from nondecoupling.study.contracts import (
     Agreement,
     Decoding,
@@ -115,7 +115,7 @@ def who_pays(results: Results) -> list[Payer]:
     table = moves(results, "sft-rl")
     table["loss, perfect learner"] = theory.rl_loss(table["q"], beta) - theory.calibrated_loss(table["q"])
     return [
-        Payer(**change_of(part.groupby("seed").mean(), "loss"), q=float(q), share=len(part) / len(table))  # type: ignore[arg-type]
+        Payer(**change_over_seeds(part.groupby("seed").mean(), "loss"), q=float(q), share=len(part) / len(table))  # type: ignore[arg-type]
         for q, part in table.groupby("q", sort=True)
     ][::-1]
 
@@ -150,7 +150,7 @@ def tilt_bin(place: int, part: pd.DataFrame, sentences: int) -> TiltBin:
     """The entry of one bin of `tilt_calibration` from its part of `moves`."""
     means = part.groupby("seed").mean()
     return TiltBin(
-        **change_of(means, "loss"),
+        **change_over_seeds(means, "loss"),
         low=P_EDGES[place],
         high=P_EDGES[place + 1],
         share=len(part) / sentences,

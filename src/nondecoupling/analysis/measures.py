@@ -13,8 +13,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_expit
 from sklearn.metrics import roc_auc_score
 
-from nondecoupling.analysis import predictions, theory
-from nondecoupling.analysis.predictions import label_log_odds, label_policy, labels_given, policies_of
+from nondecoupling.analysis import theory
+from nondecoupling.analysis.predictions import goals_of, label_log_odds, label_policy, labels_given, policies_of
 from nondecoupling.study.results import Results
 
 TEMPERATURES = np.geomspace(0.2, 5, 200)  # of a curve, from cold to hot
@@ -35,7 +35,7 @@ def greedy_share(before: pd.DataFrame, after: pd.DataFrame) -> float:
 
     nan where nothing was gained.
     """
-    greedy = predictions.measures(label_policy(before), labels_given(before))["greedy"]
+    greedy = goals_of(label_policy(before), labels_given(before))["greedy"]
     gain = label_reward(after) - label_reward(before)
     return (greedy - label_reward(before)) / gain if gain > 0 else np.nan
 

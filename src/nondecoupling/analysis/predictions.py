@@ -58,12 +58,12 @@ def known_annotators(table: pd.DataFrame) -> theory.FloatArray | None:
 
 
 def best_possible(table: pd.DataFrame) -> dict[str, float]:
-    """`measures` of a calibrated policy on the sentences of ``table``; empty where nobody knows what annotators say.
+    """`goals_of` of a calibrated policy on the sentences of ``table``; empty where nobody knows what annotators say.
 
     Its loss is the lowest there is, and its greedy reward the highest.
     """
     logd = known_annotators(table)
-    return {} if logd is None else measures(logd, logd)
+    return {} if logd is None else goals_of(logd, logd)
 
 
 def agreement_of(answers: pd.DataFrame) -> np.ndarray | None:
@@ -106,7 +106,7 @@ def where_loss_is(
 # Levels: where each policy of the two experiments should end, and where it did
 
 
-def measures(logp: theory.FloatArray, logd: theory.FloatArray) -> dict[str, float]:
+def goals_of(logp: theory.FloatArray, logd: theory.FloatArray) -> dict[str, float]:
     """A policy's loss and reward, and the reward of its greedy answers, where annotators answer as ``logd`` says."""
     r = theory.agreement_reward(logd)
     return {
@@ -124,22 +124,22 @@ def after_rl(beta: float) -> Callable[[pd.DataFrame], theory.FloatArray]:
 def mean_goals(
     results: Results, run: str, policy: Callable[[pd.DataFrame], theory.FloatArray] = label_policy
 ) -> pd.Series:
-    """`measures` of a run's policy, or of what ``policy`` makes of its answers, on the dev labels: means over seeds."""
+    """`goals_of` of a run's policy, or of what ``policy`` makes of its answers, on the dev labels: means over seeds."""
     tables = answers_by_seed(results, run)
-    return pd.DataFrame(measures(policy(answers), labels_given(answers)) for answers in tables).mean()
+    return pd.DataFrame(goals_of(policy(answers), labels_given(answers)) for answers in tables).mean()
 
 
 def measured_levels(results: Results, *runs: str) -> pd.DataFrame:
-    """`measures` of each of ``runs``, on the dev labels as given: a row per run and seed."""
+    """`goals_of` of each of ``runs``, on the dev labels as given: a row per run and seed."""
     policies = ((run, answers) for run in runs for answers in answers_by_seed(results, run))
     return pd.DataFrame(
-        {"run": run, "seed": answers["seed"].iloc[0], **measures(label_policy(answers), labels_given(answers))}
+        {"run": run, "seed": answers["seed"].iloc[0], **goals_of(label_policy(answers), labels_given(answers))}
         for run, answers in policies
     )
 
 
 def own_levels(results: Results) -> pd.DataFrame | None:
-    """`measures` by own belief, means over seeds, indexed by run; None where beta is 0, which has no closed form.
+    """`goals_of` by own belief, means over seeds, indexed by run; None where beta is 0, which has no closed form.
 
     `sft` is measured, and `sft-rl` its closed form. `rl` is the closed form of the measured base, and from there SFT
     ends where it ends from the base, because its optimum does not depend on where it starts.
@@ -153,7 +153,7 @@ def own_levels(results: Results) -> pd.DataFrame | None:
 
 
 def perfect_levels(results: Results) -> pd.DataFrame | None:
-    """`measures` of a perfect learner in expectation over annotators, indexed by run; None where own belief has none,
+    """`goals_of` of a perfect learner in expectation over annotators, indexed by run; None where own belief has none,
     and where the truth is unknown.
 
     SFT ends at what annotators say, and `sft-rl` at its tilt. `rl` is the measured base, tilted by what each answer
@@ -167,7 +167,7 @@ def perfect_levels(results: Results) -> pd.DataFrame | None:
         r = theory.agreement_reward(logd)
         ends = {"sft": logd, "sft-rl": theory.tilt(logd, r, beta), "rl": theory.tilt(label_policy(answers), r, beta)}
         ends["rl-sft"] = logd
-        rows.append(pd.DataFrame({run: measures(logp, logd) for run, logp in ends.items()}).T)
+        rows.append(pd.DataFrame({run: goals_of(logp, logd) for run, logp in ends.items()}).T)
     return sum(rows) / len(rows)
 
 
@@ -228,7 +228,7 @@ def own_frontier(results: Results, betas: Iterable[float]) -> pd.DataFrame:
     policies = [(label_policy(answers), labels_given(answers)) for answers in answers_by_seed(results, "sft")]
 
     def ends(beta: float) -> pd.Series:
-        tilted = [measures(theory.self_tilt(logp, beta), labels) for logp, labels in policies]
+        tilted = [goals_of(theory.self_tilt(logp, beta), labels) for logp, labels in policies]
         return pd.DataFrame(tilted).mean()[["loss", "reward"]]
 
     return pd.DataFrame([ends(beta) for beta in betas]).rename(columns={"loss": "sft_loss"})
@@ -249,7 +249,7 @@ def perfect_frontier(results: Results, betas: Iterable[float]) -> pd.DataFrame |
     return pd.DataFrame(points, columns=["sft_loss", "reward"])
 
 
-def mean_path(q: ArrayLike, betas: ArrayLike) -> pd.DataFrame:
+def ideal_path(q: ArrayLike, betas: ArrayLike) -> pd.DataFrame:
     """``sft_loss, reward`` per beta of ideal RL from the calibrated policy, means over ``q``, one or one per sentence.
 
     With a single q this is the `frontier`; with several it runs below it, because RL sharpens by 2(2q-1)/beta.

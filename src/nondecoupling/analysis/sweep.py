@@ -141,14 +141,14 @@ def summarise_sweep(results: Results, per_seed: pd.DataFrame) -> list[SweepEntry
             "silent_groups": float(part["silent groups"].mean()),
             "objective": float(part["objective"].mean()),
             "slope": over_seeds(part["slope"]),
-            "change_of_loss": change_of(part, "loss"),
-            "change_of_reward": change_of(part, "reward"),
+            "change_of_loss": change_over_seeds(part, "loss"),
+            "change_of_reward": change_over_seeds(part, "reward"),
         }
         entries.append(entry)
     return entries
 
 
-def change_of(part: pd.DataFrame, measure: str) -> Change:
+def change_over_seeds(part: pd.DataFrame, measure: str) -> Change:
     """The change of one measure over the seeds of a run, measured and predicted."""
     own, perfect = f"{measure}, own belief", f"{measure}, perfect learner"
     return {
@@ -190,7 +190,7 @@ def crossing(results: Results) -> Crossing | None:
         part = pd.DataFrame({"loss": loss_of(results, name) - base})
         for kind, losses in predicted.items():
             part[f"loss, {kind}"] = pd.Series({seed: loss(beta) for seed, loss in losses.items()}) - base
-        points.append(CrossingPoint(**change_of(part, "loss"), run=name, beta=beta))
+        points.append(CrossingPoint(**change_over_seeds(part, "loss"), run=name, beta=beta))
         curve.setdefault(beta, part["loss"])  # of the study's own beta the run with more steps
     table = pd.DataFrame(curve).sort_index(axis=1, ascending=False)
     by_seed = [crossing_of(table.columns.to_numpy(), row) for row in table.to_numpy()]

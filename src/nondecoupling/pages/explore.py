@@ -281,7 +281,7 @@ def draw_stopped(results: Results, seed: int | None, share: float) -> Figure:
     as it predicts a gain.
     """
     seeds = sorted(set(results.paths["seed"])) if seed is None else [seed]
-    paths = [geometry.mean_path(results, "plain", one) for one in seeds if one in set(results.paths["seed"])]
+    paths = [geometry.ascent(results, "plain", one) for one in seeds if one in set(results.paths["seed"])]
     if not paths:
         raise ValueError("This study has not followed its gradients; make geometry does, and the reference has.")
     path = pd.concat(paths).groupby(level=0).mean()

@@ -47,7 +47,7 @@ def verify(study: Study) -> None:
             if folder.exists():
                 folders.require_complete(folder, "make verify")
     table = agreement.compare(agreement.quantities(fresh), agreement.quantities(reference))
-    print(agreement.in_words(table, len(fresh.seeds), len(reference.seeds)))
+    print(agreement.comparison_text(table, len(fresh.seeds), len(reference.seeds)))
     if missing := agreement.not_compared(fresh, reference):
         print(f"\n{missing}")
     failed = int((table["result"] == agreement.FAIL).sum())

@@ -55,12 +55,12 @@ def write_scores(study: Study, seeds: Sequence[int]) -> None:
         table = fixed_subset(load_checked_corpus(study, seed), "dev", None).reset_index(drop=True)
         for name in STATES:
             rows.append(score(study, name, seed, root, table))
-            print(in_words(rows[-1]), flush=True)
+            print(line_of(rows[-1]), flush=True)
     folders.write_json(root / FILE, rows)
     print(root / FILE)
 
 
-def in_words(row: Score) -> str:
+def line_of(row: Score) -> str:
     """One policy's line."""
     both = f"accuracy {row['accuracy']:.4f} (harness {row['harness_accuracy']:.4f}), "
     both += f"MCC {row['mcc']:.4f} ({row['harness_mcc']:.4f})"
