@@ -17,6 +17,7 @@ from nondecoupling.analysis.figures import (
     OWN,
     PERFECT,
     draw_mean,
+    ink,
     label_ends,
     label_points,
     legend_below,
@@ -48,35 +49,26 @@ def draw_duration(duration: Duration) -> Figure:
         {"path": point["path"]} | {name: point[name]["mean"] for name in columns}  # type: ignore[literal-required]
         for point in duration["points"]
     )
-    ends: dict[str, tuple[float, Any]] = {}
+    beside: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9}
     styles = {"plain": (COLOURS["sft-rl"], "o"), "adam": (COLOURS["rl"], "s")}
     for path, (colour, mark) in styles.items():
         rows = points[points["path"] == path]
         axes.plot(rows["reward"], rows["loss"], color=colour, marker=mark, markersize=4, linewidth=2)
-        ends[PATHS[path]] = rows["loss"].iloc[-1], colour
+        axes.annotate(PATHS[path], rows[["reward", "loss"]].iloc[-1], (10, -4), color=ink(colour), **beside)
     rising = while_rising(points[points["path"] == "plain"])
     axes.plot(rising["reward_second"], rising["loss_second"], "--", color="0.35")
     axes.annotate(
-        "second order",
-        (rising["reward_second"].iloc[-1], rising["loss_second"].iloc[-1]),
-        (6, 2),
-        textcoords="offset points",
-        color="0.35",
-        fontsize=9,
-        ha="left",
+        "second order", rising[["reward_second", "loss_second"]].iloc[-1], (-6, 2), color="0.35", ha="right", **beside
     )
     gain, rise = duration["gain_of_rl"], duration["rise_by_rl"]
     draw_mean(axes, gain["mean"], rise, color=COLOURS["sft-rl"], marker="*", markersize=14)
-    axes.annotate(
-        "where GRPO ends", (gain["mean"], rise["mean"]), (10, -4), textcoords="offset points", ha="left", fontsize=9
-    )
+    axes.annotate("where GRPO ends", (gain["mean"], rise["mean"]), (10, -4), **beside)
     axes.axhline(FREE, color="0.6", linewidth=1, linestyle=":")
     share = duration["free_share"]
     said = f"Plain ascent has {share['mean']:.0%} of GRPO's gain for {FREE:g} nats" if share else "GRPO gained nothing"
     axes.set_title(said, loc="left", weight="bold")
     axes.set(xlabel="gain of reward since SFT", ylabel="rise of the SFT loss, nats")
-    axes.set_xlim(right=1.35 * max(points["reward"].max(), gain["mean"]))
-    label_ends(axes, ends)
+    axes.set_xlim(right=1.5 * max(points["reward"].max(), gain["mean"]))
     return figure
 
 
