@@ -215,7 +215,8 @@ def for_perfect_learner(results: Results) -> Predictions:
 def from_policies(results: Results) -> Predictions:
     """What own belief predicts for the paper's claims and O1, means over seeds; empty where beta is 0.
 
-    It is as good as the calibration of the policy that RL starts from; an overconfident base can turn its sign.
+    It is as good as the calibration of the policy that RL starts from; a base that is surer, or less sure, than its
+    record can turn its sign.
     """
     return differences_of(own_levels(results), results)
 
