@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import tiny
-from nondecoupling.analysis.tables import markdown_table
+from nondecoupling.pages.documents import markdown_table
 from nondecoupling.study import folders
 from nondecoupling.workflow import bench
 

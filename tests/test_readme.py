@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from nondecoupling.analysis.tables import document_parts, seconds_of
+from nondecoupling.analysis.tables import seconds_of
+from nondecoupling.pages.documents import document_parts
 from nondecoupling.study import folders
 from nondecoupling.study.plan import MAKES
 from nondecoupling.study.results import read_results

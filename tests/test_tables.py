@@ -1,4 +1,4 @@
-"""Rows and metrics as a reader sees them."""
+"""Rows and metrics as a reader sees them, on pages and in documents."""
 
 import math
 from dataclasses import replace
@@ -9,6 +9,7 @@ import pytest
 from nondecoupling.analysis import claims, tables
 from nondecoupling.analysis.controls import controls_not_run
 from nondecoupling.analysis.statistics import Interval, interval_text
+from nondecoupling.pages import documents
 from nondecoupling.study import folders
 from nondecoupling.study.study import load_study
 from tables import MEASURED, SEEDS, costs_of, metrics_of, odds_of, policy, results_of
@@ -213,14 +214,14 @@ def timed(found, seconds, gpu=None):
 
 def test_the_cost_of_a_replication_is_a_mean_by_group_of_what_was_run():
     found, main = results_of(load_study("nano")), {"base": [30, 60, 90], "rl-sft": 2.4}
-    assert tables.cost_sentence(timed(found, main)) == (
+    assert documents.cost_sentence(timed(found, main)) == (
         "On one core (a CPU) a seed took 62 s for 2 of 6 runs of both experiments, besides the start of each notebook "
         "(mean of 3); a run took at most 0.5 GiB."
     )
-    assert "a seed took 20 minutes for 1 of 6 runs of both" in tables.cost_sentence(timed(found, {"base": 1200}))
+    assert "a seed took 20 minutes for 1 of 6 runs of both" in documents.cost_sentence(timed(found, {"base": 1200}))
     whole = {run.name: 3 for run in found.study.runs_of("main", "sweep")}
     everything = whole | {"sft-sft": 5, "joint-m0.2": 6, "base": [30, 60, 90]}
-    assert tables.cost_sentence(timed(found, everything, gpu="a GPU")).startswith(
+    assert documents.cost_sentence(timed(found, everything, gpu="a GPU")).startswith(
         f"On a GPU a seed took 75 s for both experiments, 11 s for 2 of {len(found.study.runs_of('controls'))} runs of "
         f"controls and joint training, {3 * len(found.study.runs_of('sweep'))} s for other betas, besides"
     )
@@ -229,7 +230,7 @@ def test_the_cost_of_a_replication_is_a_mean_by_group_of_what_was_run():
 def test_a_run_that_serves_all_replications_costs_each_its_part():
     found = timed(results_of(load_study("nano")), {"base": 60, "sft": 10})
     once = found.costs.drop(index=[1, 2])  # one row of the base
-    assert " took 30 s for 2 of 6 runs of both" in tables.cost_sentence(replace(found, costs=once))
+    assert " took 30 s for 2 of 6 runs of both" in documents.cost_sentence(replace(found, costs=once))
 
 
 def test_verdicts_of_two_studies_stand_side_by_side():
@@ -239,11 +240,11 @@ def test_verdicts_of_two_studies_stand_side_by_side():
         name: [{"id": claim, "verdict": verdicts[place]} for claim, verdicts in found.items()]
         for place, name in enumerate(("nano", "laptop"))
     }
-    assert tables.verdicts_sentence(studies) == (
+    assert documents.verdicts_sentence(studies) == (
         "Side by side: A1 and B1 reproduced in both; A2 reproduced in `nano`, not reproduced in `laptop`; "
         "O3 inconclusive in both."
     )
-    of_three = tables.verdicts_sentence(studies | {"four": studies["nano"]})
+    of_three = documents.verdicts_sentence(studies | {"four": studies["nano"]})
     assert "A1 and B1 reproduced in all 3; A2 reproduced in `nano` and `four`, not reproduced in `laptop`;" in of_three
 
 
@@ -253,31 +254,31 @@ def test_what_fewer_seeds_find_is_said_where_there_are_more():
     runs = alike | {"rl": {"reward_sampled": 0.5}, "rl-sft": {"reward_sampled": 0.3}}
     answers = [policy(run, 0.5, [1, 1, 0], range(6)) for run in ("sft", "sft-rl")]
     found, study = metrics_of(runs, range(6)), load_study("nano")
-    said = tables.quick_look_sentence(results_of(study, answers, found, seeds=list(range(6))))
+    said = documents.quick_look_sentence(results_of(study, answers, found, seeds=list(range(6))))
     assert said.startswith("5 seeds decide less than 6: of all 6 ways to choose 5 of these 6, the verdict is the one")
     assert said.endswith("the one above in all for A1; else it is inconclusive.")  # all six decide no other
     of_five = results_of(study, answers, found[found["seed"] < 5], seeds=list(range(5)))
-    assert tables.quick_look_sentence(of_five) == ""
+    assert documents.quick_look_sentence(of_five) == ""
     nothing = found.assign(sft_loss=0.4, reward_sampled=0.3)
     undecided = [policy(run, 0.5, [1, 1, 0], range(6)) for run in ("sft", "sft-rl")]
-    assert tables.quick_look_sentence(results_of(study, undecided, nothing, seeds=list(range(6)))) == ""
+    assert documents.quick_look_sentence(results_of(study, undecided, nothing, seeds=list(range(6)))) == ""
 
 
 def test_runs_that_did_not_finish_and_policies_that_collapsed_are_counted():
     one_collapsed = {"predicted_acceptable_rate": [1.0, 0.7, 0.7], "mcc": [0.0, 0.5, 0.5]}
     found = results_of(load_study("nano"), metrics=metrics_of({"base": {}, "sft": one_collapsed}))
     found = timed(found, {"base": [30, 60, 90], "sft": [9, 9, 9]})
-    assert tables.runs_sentence(replace(found, costs=found.costs.iloc[1:])) == (
+    assert documents.runs_sentence(replace(found, costs=found.costs.iloc[1:])) == (
         f"5 of {3 * len(found.study.runs)} runs of the plan finished, for 3 seeds; 1 of 6 policies collapsed."
     )
     one_base = replace(found, study=load_study("laptop"))  # the same for all seeds, and counted once
-    assert tables.runs_sentence(one_base).endswith("1 of 4 policies collapsed.")
+    assert documents.runs_sentence(one_base).endswith("1 of 4 policies collapsed.")
 
 
 def test_what_the_outside_judge_found_is_a_sentence():
     row = {"run": "sft", "seed": 0, "n": 527, "accuracy": 0.8, "harness_accuracy": 0.8, "mcc": 0.5, "harness_mcc": 0.5}
     scores = [row | {"difference": 3e-5}, row | {"run": "rl", "harness_mcc": 0.49, "difference": 1e-5}]
-    said = tables.score_sentence(scores)
+    said = documents.score_sentence(scores)
     assert "judged 2 policies of seed 0 in float32 on the same 527 sentences" in said
     assert said.endswith("for 1 of them, and log-likelihoods differ by 3.0e-05 nats at most.")
 
@@ -288,13 +289,13 @@ def test_document_parts_are_those_of_what_was_run(rows, tmp_path):
     def parts(runs):
         answers = [policy(run, 0.5, [1, 1, 0]) for run in runs]
         found = results_of(study, answers, metrics_of(runs), folder=tmp_path)
-        return tables.document_parts(timed(found, {"sft": 10}))
+        return documents.document_parts(timed(found, {"sft": 10}))
 
     folders.write_json(tmp_path / "claims.json", rows + controls_not_run(study))
     folders.write_json(tmp_path / "theory.json", {"sweep": None, "who_pays": [], "uninformed": None, "crossing": None})
     without = parts(MEASURED)
     assert list(without) == ["nano", "nano, findings", "nano, cost", "nano, runs"]
-    found = tables.markdown_table(tables.findings_table(rows))  # of the paper's claims and ours beside them alone
+    found = documents.markdown_table(tables.findings_table(rows))  # of the paper's claims and ours beside them alone
     assert without["nano, findings"] == found
     assert "| RL after SFT raises the SFT loss (A1) | rises sharply | +0.150 [+0.100, +0.200] | reproduced |" in found
     assert "| claim | the paper | here, 3 seeds | verdict |" in found

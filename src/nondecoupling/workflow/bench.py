@@ -385,7 +385,7 @@ def run_bench(study: Study, random_weights: bool) -> None:
     quiet_environment(study, jobs=1 if Path("/dev/nvidia0").exists() else os.cpu_count() or 1)
     import torch
 
-    from nondecoupling.analysis.tables import markdown_table
+    from nondecoupling.pages.documents import markdown_table
 
     entry = measure_study(study, random_weights)
     path = write_entry(study, entry, memory_of="GPU" if torch.cuda.is_available() else "host")
@@ -429,7 +429,7 @@ def parts_text(machines: dict[str, dict[str, Any]]) -> str:
     """Seconds of the parts of a replication on each machine, and what notebooks cost beside the plain script."""
     import pandas as pd
 
-    from nondecoupling.analysis.tables import markdown_table
+    from nondecoupling.pages.documents import markdown_table
 
     said = []
     for content in machines.values():
