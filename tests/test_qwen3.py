@@ -134,6 +134,34 @@ def test_prompt_and_answer_apart_are_the_tokens_of_both_together(qwen_tokenizer,
             assert apart == together
 
 
+def test_what_the_docs_derive_of_the_papers_setting_follows_from_its_numbers():
+    text = (folders.REPOSITORY / "docs" / "paper-setting.md").read_text(encoding="utf-8")
+    profile, sentences = load_study("paper").profile, 8551
+    sft, rl = profile.sft, profile.rl
+    assert sft.steps == round(2 * sentences / sft.batch_size)
+    assert rl.steps == round(2 * sentences / rl.prompts_per_step)
+    read, sampled = 2 * sft.steps * sft.batch_size, 2 * rl.steps * rl.prompts_per_step * rl.answers_per_prompt
+    shape = json.loads((SHARED / "qwen3-0.6b" / "config.json").read_text()) if SHARED.exists() else None
+    said = [
+        f"are {sft.steps}.",
+        f"are {rl.steps}.",
+        f"reads\n  {read:,} demonstrations",
+        f"samples {sampled:,} answers",
+    ]
+    said.append(f"RL takes {sampled / 62 / 60:.0f} minutes a seed")
+    if shape:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
+        embeddings = model.get_input_embeddings().weight.numel()
+        linear = sum(weight.numel() for name, weight in model.named_parameters() if "_proj" in name)
+        rows = sum(sum(weight.shape) for name, weight in model.named_parameters() if "_proj" in name)
+        adapter = profile.adaptation.rank * rows
+        said.append(f"{linear / 1e6:.0f} million in 8 bits, and {embeddings / 1e6:.0f} million of the embeddings in 16")
+        said.append(f"together {(linear + 2 * embeddings) / 1e6:.0f} MB")
+        said.append(f"{adapter / 1e6:.0f} million × 16 bytes, {16 * adapter / 1e6:.0f} MB")
+    assert [words for words in said if words not in text] == []
+
+
 # Loading
 
 
