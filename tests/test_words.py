@@ -24,7 +24,7 @@ def numbers_typed(text: str) -> list[str]:
 
 # What else may be typed: rules, theorems and names of versions, settings of the study and of examples.
 RULES = {"95 %", "90 %", "1 %", "0.05", "0.01", "80 %", "5 %"}
-NAMES = {"2601.07389", "3.1", "4.1", "1.1", "3.11"}
+NAMES = {"2601.07389", "2511.08567", "3.1", "4.1", "1.1", "3.11"}
 SETTINGS = {"0.15", "1.5", "0.5", "2.20", "1.60", "0.9", "0.7", "1.6"}
 
 
