@@ -41,6 +41,31 @@ def test_numbers_are_found(text, found):
     assert numbers_typed(text) == found
 
 
+def test_what_readme_and_docs_say_of_outcomes_is_what_the_references_hold():
+    """Sentences without a number that were written by hand."""
+    references = folders.REPOSITORY / "results" / "reference"
+    text = " ".join(" ".join(path.read_text(encoding="utf-8").split()) for path in DOCUMENTS)
+    nano, laptop = ({row["id"]: row for row in folders.read_json(references / name / "claims.json")}
+                    for name in ("nano", "laptop-cola-smollm2-8e55e4"))  # fmt: skip
+    theory = folders.read_json(references / "nano" / "theory.json")
+    short = [entry for entry in theory["sweep"] if not (entry["is_half"] or entry["varied"] or entry["beta"] > 0.25)]
+    behind = [entry["slope"]["ci95"][1] < 1 and entry["change_of_loss"]["gap_to_own_belief"]["ci95"][1] < 0
+              for entry in short]  # fmt: skip
+    base = theory["temperatures"]["base"]["ci95"][1]
+    outcomes = {
+        "In `nano`, greedy decoding of the SFT policy has all of RL's reward": nano["T6"]["verdict"] == "confirmed",
+        "A model is unsure of sentences that it has not seen, too, and RL sharpens these as well (K6)":
+            nano["K6"]["verdict"] == "refuted" and nano["K6"]["predicted_from_policies"] > 0,
+        "as β falls, RL stays behind its closed form": len(behind) == 3 and all(behind),
+        "Own belief has the wrong sign for B where the base is less sure than its record warrants":
+            nano["B2"]["predicted_from_policies"] > 0 > nano["B2"]["estimate"] and base < 1,
+        "B could not be tested: RL from this base learnt nothing that SFT could take away":
+            all(laptop[name]["note"].startswith("RL collapsed to one answer in 3 of 3") for name in ("B1", "B2", "B3")),
+    }  # fmt: skip
+    assert {sentence: text.count(sentence) for sentence in outcomes} == dict.fromkeys(outcomes, 1)
+    assert outcomes == dict.fromkeys(outcomes, True)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 def test_no_document_types_a_result(document):
     assert set(numbers_typed(document.read_text(encoding="utf-8"))) <= RULES | NAMES | SETTINGS
