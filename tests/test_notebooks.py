@@ -145,6 +145,31 @@ def test_a_kernel_that_dies_or_does_not_start_is_said_with_what_helps(error, wor
     assert [path.name for path in partial.parent.iterdir()] == ["sft.failed.ipynb"]
 
 
+def test_a_figure_that_is_no_longer_drawn_is_removed_and_what_fails_removes_nothing(results, monkeypatch):
+    import papermill
+
+    root = results / "nano"
+    kept, again, gone = (root / "figures" / name for name in ("plane.svg", "theory.png", "portrait/crossing.svg"))
+    gone.parent.mkdir(parents=True)
+    for path in (kept, again, gone, root / "theory.json"):
+        path.write_text("{}")
+    os.utime(again, (0, 0))
+
+    def fails(notebook, working, *_, **__):
+        folders.write_text(Path(working), "{}")
+        raise DeadKernelError("Kernel died")
+
+    def draws(notebook, working, *_, **__):
+        folders.write_text(Path(working), "{}")
+        again.write_text("{}")
+
+    for execute_notebook, code in ((fails, 1), (draws, 0)):
+        monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+        assert main(["run", "--run", "theory"]) == code
+        assert gone.exists() == bool(code)
+        assert all(path.exists() for path in (kept, again, root / "theory.json"))
+
+
 def test_the_figures_of_a_summary_are_known_by_name():
     """What removes an old summary removes its figures."""
     for name, figures in DRAWS.items():

@@ -394,8 +394,8 @@ def duration_sentence(content: GeometryFile) -> str:
         f"**How long:** along plain ascent on the exact reward, {shown(free, '.0%')} of GRPO's gain of reward"
         f" ({gain:+.3f}) cost {FREE:g} nats of SFT loss; all that GRPO gained came with"
         f" {shown(duration['rise_by_rl'])}. {said}: where it predicts a rise of {EARLY:g} nats, the loss had risen by"
-        f" {interval_text(first['estimate'], first['ci95'], '.3f')}. GRPO does not go that way: what a shorter GRPO"
-        f" buys is K11's question (chapter 8)."
+        f" {interval_text(first['estimate'], first['ci95'], '.3f')}. GRPO itself, with samples, large steps and a price"
+        f" of the KL, is another way: what a shorter one buys is K11's question (chapter 8)."
     )
 
 

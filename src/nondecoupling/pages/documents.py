@@ -33,12 +33,11 @@ def document_parts(results: Results) -> dict[str, str]:
         shown_tables = claims_table(rows_of(rows, "ABOM")), cells_table(labels).reset_index()
         return {results.study.name: "\n\n".join(map(markdown_table, shown_tables))}
     sweep: list[SweepEntry] | None = results.read("theory.json")["sweep"]
-    of_theory = [row for row in rows_of(rows, "T") if row["verdict"] != "not run"]
-    tables = [claims_table(rows_of(rows, "ABO")), policies_table(results, *STATES), claims_table(of_theory)]
+    tables = [claims_table(rows_of(rows, "ABO")), policies_table(results, *STATES)]
+    tables += [claims_table(of_theory)] if (of_theory := judged_rows(rows, "T")) else []
     parts: dict[str, list[Any]] = {results.study.name: tables + ([sweep_table(sweep)] if sweep else [])}
     if others := finished_controls(results):
-        judged = [[row for row in rows_of(rows, letter) if row["verdict"] != "not run"] for letter in "KJ"]
-        tables = [claims_table(family) for family in judged if family]
+        tables = [claims_table(family) for letter in "KJ" if (family := judged_rows(rows, letter))]
         parts[f"{results.study.name}, controls"] = [*tables, policies_table(results, *others)]
     sentences = [*theory_sentences(results.read("theory.json")), *clean_sentence(rows)]
     theory = "\n".join(f"* {sentence}" for sentence in sentences)
@@ -60,10 +59,15 @@ def document_parts(results: Results) -> dict[str, str]:
     }
 
 
+def judged_rows(rows: list[ClaimRow], families: str) -> list[ClaimRow]:
+    """`rows_of` some families whose runs are there."""
+    return [row for row in rows_of(rows, families) if row["verdict"] != "not run"]
+
+
 def clean_sentence(rows: list[ClaimRow]) -> list[str]:
     """What RL costs where annotators never disagree (K6), if that was run."""
     found = []
-    for row in [row for row in rows if row["id"] == "K6" and row["verdict"] != "not run"]:
+    for row in [row for row in judged_rows(rows, "K") if row["id"] == "K6"]:
         measured, own = interval_text(row["estimate"], row["ci95"]), interval_text(row["predicted_from_policies"], None)
         so = ": disagreement is not all that RL sharpens" if row["verdict"] == "refuted" else ""
         found.append(

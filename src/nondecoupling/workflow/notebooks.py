@@ -68,8 +68,7 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
     working, failed = (place.with_name(f"{place.name}.{end}.ipynb") for end in ("partial", "failed"))
     working.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_name(f"{place.name}.partial")
-    if part.name in SUMMARIES:
-        forget(root, part.name)
+    drawn = {path: path.stat().st_mtime_ns for path in figures_of(root, part.name)}
     os.environ[folders.EXECUTED] = "1"
     try:
         with own_sockets() as sockets:
@@ -96,6 +95,9 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
     finally:
         del os.environ[folders.EXECUTED]
     failed.unlink(missing_ok=True)
+    for path, when in drawn.items():  # there was nothing to draw this time
+        if path.stat().st_mtime_ns == when:
+            path.unlink()
     if part.name in SUMMARIES:
         os.replace(working, root / f"{part.name}.ipynb")
     else:
@@ -105,9 +107,13 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
 
 def forget(root: Path, summary: str) -> None:
     """Remove what an earlier make wrote about ``summary``, of other seeds or runs than those that are there now."""
-    drawn = [path for name in DRAWS[summary] for path in (root / "figures").rglob(f"{name}.*")]
-    for path in (root / f"{summary}.json", root / f"{summary}.ipynb", *drawn):
+    for path in (root / f"{summary}.json", root / f"{summary}.ipynb", *figures_of(root, summary)):
         path.unlink(missing_ok=True)
+
+
+def figures_of(root: Path, part: str) -> list[Path]:
+    """The files of the figures that a part, where it is a summary, has drawn."""
+    return [path for name in DRAWS.get(part, ()) for path in (root / "figures").rglob(f"{name}.*")]
 
 
 # What a shell, a batch system or a launcher may have set, that would change numbers or wait for other processes.
