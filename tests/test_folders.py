@@ -313,6 +313,19 @@ def test_provenance_says_what_the_contract_asks_for(metrics, key):
     assert key in metrics["provenance"]
 
 
+@pytest.mark.parametrize(
+    ("known", "name"),
+    [
+        ("cpu family\t: 6\nmodel\t\t: 143\nmodel name\t: A CPU\n\nmodel\t\t: 7\n", "A CPU family 6 model 143, "),
+        ("model name\t: A CPU\n", "A CPU, "),
+    ],
+)
+def test_processors_of_one_name_are_told_apart_by_their_model(monkeypatch, known, name):
+    monkeypatch.setattr(provenance.Path, "exists", lambda path: True)
+    monkeypatch.setattr(provenance.Path, "read_text", lambda path: known)
+    assert provenance.cpu_name() == f"{name}{os.cpu_count()} cores"
+
+
 def test_provenance_holds(metrics, tiny_study):
     found = metrics["provenance"]
     assert found["parameters"] == tiny_study.profile.model_dump()

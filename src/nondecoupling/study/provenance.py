@@ -102,14 +102,17 @@ def git(repository: Path, *arguments: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model name and core count."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    """The processor's name, which model of it where Linux says so, and core count.
+
+    Virtual machines give different processors one name, and the model decides which arithmetic libraries choose.
+    """
+    info, known = Path("/proc/cpuinfo"), {}
+    if info.exists():
+        lines = (line.partition(":") for line in info.read_text().split("\n\n")[0].splitlines())
+        known = {key.strip(): value.strip() for key, _, value in lines}
+    name = known.get("model name") or platform.processor() or platform.machine()
+    model = f" family {known['cpu family']} model {known['model']}" if {"cpu family", "model"} <= set(known) else ""
+    return f"{name}{model}, {os.cpu_count()} cores"
 
 
 def gpu_name() -> str | None:
