@@ -12,7 +12,7 @@ import pytest
 from markupsafe import escape
 from matplotlib import pyplot as plt
 
-from nondecoupling.analysis import claims, controls, figures, tables
+from nondecoupling.analysis import claims, controls, figures, tables, verdicts
 from nondecoupling.pages import report
 from nondecoupling.study import folders
 from nondecoupling.study.contracts import Verdict
@@ -80,7 +80,7 @@ def test_report_shows_every_claim_with_its_numbers(finished, name):
     page = page_of(results)
     rows = results.read("claims.json")
     run = {row["id"][0] for row in rows if row["verdict"] != "not run"}  # families of which anything was run
-    rows = tables.rows_of(rows, "".join(run))
+    rows = verdicts.rows_of(rows, "".join(run))
     assert sorted(re.findall(r'<tr id="([^"]+)">', page)) == sorted(row["id"] for row in rows)
     for row in rows:
         shown = page.partition(f'<tr id="{row["id"]}">')[2].partition("</tr>")[0]
@@ -119,7 +119,7 @@ def test_controls_and_joint_runs_are_shown_where_there_are_any(finished):
     results = finished("nano")
     for figure in ("controls", "proxy", "joint"):
         (results.folder / "figures" / f"{figure}.svg").unlink()
-    rows = tables.rows_of(results.read("claims.json"), "ABOT")
+    rows = verdicts.rows_of(results.read("claims.json"), "ABOT")
     for others in ([], controls.controls_not_run(results.study)):
         folders.write_json(results.folder / "claims.json", rows + others)
         page = page_of(results)
@@ -235,7 +235,7 @@ def test_unfinished_study_is_refused_in_one_sentence(tmp_path, monkeypatch):
 
 
 def test_same_numbers_give_the_same_figures_and_the_reference_none(tmp_path, monkeypatch):
-    rows = tables.rows_of(folders.read_json(REFERENCES / "nano" / "claims.json"), "ABO")
+    rows = verdicts.rows_of(folders.read_json(REFERENCES / "nano" / "claims.json"), "ABO")
     figures.set_style()
     files = []
     for name in ("one", "two"):

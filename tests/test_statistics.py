@@ -16,14 +16,13 @@ from nondecoupling.analysis.statistics import (
     equivalence_test,
     further_draws_test,
     holm,
-    interval_text,
     mcc_interval,
     mcnemar,
     mean_interval,
     over_seeds,
     paired_test,
-    shown,
 )
+from nondecoupling.analysis.verdicts import interval_text, shown
 
 SEEDS = [0.31, 0.35, 0.28, 0.40, 0.33]
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from nondecoupling.analysis import claims, tables
+from nondecoupling.analysis import claims, tables, verdicts
 from nondecoupling.analysis.controls import controls_not_run
-from nondecoupling.analysis.statistics import Interval, interval_text
+from nondecoupling.analysis.statistics import Interval
+from nondecoupling.analysis.verdicts import interval_text
 from nondecoupling.pages import documents
 from nondecoupling.study import folders
 from nondecoupling.study.study import load_study
@@ -61,7 +62,7 @@ def test_controls_are_finished_where_all_seeds_have_them():
 
 
 def test_rows_are_chosen_by_the_letter_of_their_id(rows):
-    assert [row["id"] for row in tables.rows_of(rows, "AO")] == ["A1", "A2", "O1"]
+    assert [row["id"] for row in verdicts.rows_of(rows, "AO")] == ["A1", "A2", "O1"]
 
 
 def test_a_margin_is_shown_with_the_statement():
@@ -95,13 +96,13 @@ def test_one_axis_holds_losses_and_rewards_and_no_share(rows):
 def test_an_outcome_in_words_follows_from_the_verdict(values, sentence):
     claim = claims.Claim("O1", "(ours) more", "reward", "b", "a", +1)
     row = claims.judged(claim, pd.Series(values), ["but see"])
-    assert tables.outcome_sentence(row) == sentence
+    assert verdicts.outcome_sentence(row) == sentence
 
 
 def test_outcomes_of_margins_of_the_paper_and_of_what_was_not_run(rows):
     equal = claims.judged(claims.GREEDY_UNCHANGED, pd.Series([0.001, 0.002, 0.0]))
     missing = claims.not_run(claims.CLAIMS[0], "make reproduce")
-    text = tables.outcomes([equal, rows[0], missing]).splitlines()
+    text = verdicts.outcomes([equal, rows[0], missing]).splitlines()
     assert text == [
         "* T7: RL after SFT teaches nothing that greedy decoding shows (±0.02): confirmed "
         "(+0.001 [-0.001, +0.003], 3 seeds).",
@@ -195,12 +196,12 @@ def test_what_rl_found_out_from_the_base_is_a_sentence():
 
 
 def test_claims_fit_a_terminal_with_all_that_is_said_of_them(rows):
-    text = tables.claims_text(rows)
+    text = verdicts.claims_text(rows)
     assert max(map(len, text.splitlines())) <= 80
     words = " ".join(text.split())
     for row in rows:
         assert row["verdict"] in words
-        assert tables.remarks(row) in words
+        assert verdicts.remarks(row) in words
     of_first = next(line for line in text.splitlines() if line.startswith("A1"))
     first = next(row for row in rows if row["id"] == "A1")
     assert interval_text(first["estimate"], first["ci95"]).split() == of_first.split()[-4:-1]
@@ -237,7 +238,7 @@ def test_verdicts_of_two_studies_stand_side_by_side():
     found = {"A1": ("reproduced", "reproduced"), "A2": ("reproduced", "not reproduced"), "B1": ("reproduced",) * 2}
     found |= {"O3": ("inconclusive", "inconclusive"), "K1": ("confirmed", "refuted")}
     studies = {
-        name: [{"id": claim, "verdict": verdicts[place]} for claim, verdicts in found.items()]
+        name: [{"id": claim, "verdict": of_claim[place]} for claim, of_claim in found.items()]
         for place, name in enumerate(("nano", "laptop"))
     }
     assert documents.verdicts_sentence(studies) == (
@@ -337,7 +338,7 @@ LOSS = CHANGE.replace(" ", " nats ", 1)
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "first", "second"),
+    ("found", "first", "second"),
     [
         (
             (REPRODUCED, REPRODUCED, REPRODUCED, REPRODUCED),
@@ -368,10 +369,10 @@ LOSS = CHANGE.replace(" ", " nats ", 1)
         ),
     ],
 )
-def test_the_answer_says_what_the_verdicts_say(rows, verdicts, first, second):
+def test_the_answer_says_what_the_verdicts_say(rows, found, first, second):
     """Of a rise or a fall how large it is, of what is open the change with its sign, of what was not run no number."""
     told = {row["id"]: row for row in rows}
-    for name, verdict in zip(("A1", "A2", "B2", "B3"), verdicts, strict=True):
+    for name, verdict in zip(("A1", "A2", "B2", "B3"), found, strict=True):
         sign = 1 if (verdict == REPRODUCED) == (name[0] == "A") else -1
         numbers = {"estimate": sign * 0.15, "ci95": sorted((sign * 0.1, sign * 0.2))}
         if verdict == OPEN:
@@ -379,12 +380,12 @@ def test_the_answer_says_what_the_verdicts_say(rows, verdicts, first, second):
         if verdict == MISSING:
             numbers = {"estimate": None, "ci95": None}
         told[name] = told[name] | numbers | {"verdict": verdict}
-    assert tables.answer_sentences(list(told.values())) == [first, second]
+    assert verdicts.answer_sentences(list(told.values())) == [first, second]
 
 
 def test_the_answer_of_one_replication_has_no_interval():
     one = judged_rows(metrics_of({run: {} for run in MEASURED}, [4]), [4])
-    first, _ = tables.answer_sentences(claims.corrected_family(one))
+    first, _ = verdicts.answer_sentences(claims.corrected_family(one))
     assert first.startswith("Whether RL after SFT raises the SFT loss is not decided (+0.000 nats);")
 
 
@@ -393,8 +394,8 @@ def test_what_the_correction_withdraws_is_said(rows):
     lost = rows[0] | {"verdict": OPEN, "p_value": 0.02, "p_holm": 0.08, "note": "but see"}
     words = "p 0.02, but 0.08 after Holm's correction"
     assert tables.claims_table([lost])["verdict"].tolist() == [f"inconclusive ({words}; but see)"]
-    assert f"; {words}; but see)." in tables.outcome_sentence(lost)
+    assert f"; {words}; but see)." in verdicts.outcome_sentence(lost)
     told = [lost, *rows[1:]]
-    assert f"is not decided (+0.150 nats [+0.100, +0.200]; {words}); whether it" in tables.answer_sentences(told)[0]
+    assert f"is not decided (+0.150 nats [+0.100, +0.200]; {words}); whether it" in verdicts.answer_sentences(told)[0]
     for changed in ({"verdict": REPRODUCED}, {"p_value": 0.06}, {"p_value": None, "p_holm": None}):
-        assert tables.withdrawn(lost | changed) == ""
+        assert verdicts.withdrawn(lost | changed) == ""

@@ -35,17 +35,16 @@ from nondecoupling.analysis.statistics import (
     bootstrap_interval,
     equivalence_test,
     holm,
-    interval_text,
     mcc_interval,
     mcnemar,
     mean_interval,
     paired_test,
 )
+from nondecoupling.analysis.verdicts import SIGNIFICANT, interval_text
 from nondecoupling.study.contracts import ClaimRow, OverSeeds, TheoryFile, Verdict
 from nondecoupling.study.plan import MAKES, NAMES, one_per_beta
 from nondecoupling.study.results import Results, label_log_probabilities, likelier_labels
 
-SIGNIFICANT = 0.05  # largest p, after Holm's correction, of a verdict other than inconclusive
 LEAST_TOLERANCE = 0.01  # nats of loss, or reward
 # Margins of claims of no difference. Loss: a tenth of the rise by RL that theory expects in the default study (0.2 nats
 # at 10 % disagreement and beta = 0.5); what is less would not change how experiment A is read. Reward: ten more right

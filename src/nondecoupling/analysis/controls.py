@@ -24,7 +24,7 @@ from nondecoupling.analysis.claims import (
 )
 from nondecoupling.analysis.collapse import is_failed_judge
 from nondecoupling.analysis.measures import advantage, kl_between, loss_per_nat
-from nondecoupling.analysis.statistics import interval_text
+from nondecoupling.analysis.verdicts import interval_text
 from nondecoupling.study.contracts import ClaimRow
 from nondecoupling.study.plan import MAKES, SEQUENTIAL
 from nondecoupling.study.results import Results

@@ -29,7 +29,8 @@ from nondecoupling.analysis.claims import (
 )
 from nondecoupling.analysis.measures import halves
 from nondecoupling.analysis.predictions import agreement_of, label_log_odds
-from nondecoupling.analysis.statistics import interval_text, mean_interval, over_seeds, shown
+from nondecoupling.analysis.statistics import mean_interval, over_seeds
+from nondecoupling.analysis.verdicts import interval_text, shown
 from nondecoupling.study.contracts import (
     ClaimRow,
     Duration,

@@ -23,7 +23,8 @@ from nondecoupling.analysis import theory
 from nondecoupling.analysis.claims import Claim, claim_row, corrected_family, judged, verdict_of_amount
 from nondecoupling.analysis.figures import draw_mean, ink
 from nondecoupling.analysis.predictions import known_annotators, label_policy
-from nondecoupling.analysis.statistics import mean_interval, over_seeds, shown
+from nondecoupling.analysis.statistics import mean_interval, over_seeds
+from nondecoupling.analysis.verdicts import shown
 from nondecoupling.study.contracts import Cell, ClaimRow, LabelsFile, OfLabel
 from nondecoupling.study.results import Results
 

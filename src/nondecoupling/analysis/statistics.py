@@ -1,6 +1,5 @@
 """Intervals and tests: over the seeds of a study, and over the sentences of one run."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,22 +57,6 @@ def over_seeds(values: ArrayLike) -> OverSeeds:
     """Mean over seeds and its 95 % t interval, as JSON can hold them."""
     interval = mean_interval(values)
     return {"mean": interval.mean, "ci95": interval.bounds}
-
-
-def interval_text(mean: float | None, bounds: Sequence[float] | None, digits: str = "+z.3f") -> str:
-    """An estimate and its bounds as text, "+0.210 [+0.182, +0.238]", or what there is of them; "-" for nothing.
-
-    What rounds to zero has no sign of its own, which would differ between machines.
-    """
-    if mean is None:
-        return "-"
-    low_and_high = [format(bound, digits) for bound in bounds or []]
-    return format(mean, digits) + (f" [{low_and_high[0]}, {low_and_high[1]}]" if low_and_high else "")
-
-
-def shown(interval: OverSeeds | None, digits: str = "+z.3f") -> str:
-    """`interval_text` of a mean over seeds; "-" for None."""
-    return interval_text(interval["mean"], interval["ci95"], digits) if interval else "-"
 
 
 def paired_test(differences: ArrayLike) -> Significance:

@@ -1,16 +1,14 @@
 """Rows and metrics as tables for reading: in notebooks, on the report and in the README."""
 
-import textwrap
 from datetime import datetime
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from nondecoupling.analysis.claims import SIGNIFICANT
 from nondecoupling.analysis.collapse import is_collapsed
 from nondecoupling.analysis.measures import auroc, temperature_of_least_loss
-from nondecoupling.analysis.statistics import interval_text, shown
+from nondecoupling.analysis.verdicts import interval_text, remarks, rows_of, shown
 from nondecoupling.analysis.wording import in_words
 from nondecoupling.study.contracts import ClaimRow, SweepEntry, TheoryFile
 from nondecoupling.study.plan import NAMES
@@ -24,15 +22,6 @@ POLICY_COLUMNS = ["sft_loss", "reward_exact", "reward_greedy", "majority_reward"
 POLICY_COLUMNS += ["temperature", "collapsed"]
 
 
-def rows_of(rows: list[ClaimRow], families: str) -> list[ClaimRow]:
-    """The rows of claims.json whose id begins with one of the letters ``families``.
-
-    A, B: the paper's claims; O: ours beside them; T: the theory's statements; K: controls; J: joint training;
-    G: geometry; M: more than two answers.
-    """
-    return [row for row in rows if row["id"][0] in families]
-
-
 def changes(rows: list[ClaimRow]) -> list[ClaimRow]:
     """The rows whose quantity is a difference of SFT losses or of rewards: what one axis can show together."""
     return [row for row in rows if row["quantity"].startswith(("sft_loss: ", "reward_"))]
@@ -42,86 +31,6 @@ def theorems_and_tests(rows: list[ClaimRow]) -> tuple[list[ClaimRow], list[Claim
     """The theory's rows: theorems, which must hold in every seed, and statements that an interval decides."""
     theory = rows_of(rows, "T")
     return [row for row in theory if row["test"] == "exact"], [row for row in theory if row["test"] != "exact"]
-
-
-def withdrawn(row: ClaimRow) -> str:
-    """Why a claim is inconclusive whose own test is not: Holm's correction has withdrawn its verdict. Else empty."""
-    p, corrected = row["p_value"], row["p_holm"]
-    if row["verdict"] != "inconclusive" or p is None or corrected is None or not p < SIGNIFICANT <= corrected:
-        return ""
-    return f"p {p:.2g}, but {corrected:.2g} after Holm's correction"
-
-
-def remarks(row: ClaimRow) -> str:
-    """What there is to say beside a verdict."""
-    return "; ".join(filter(None, [withdrawn(row), row["note"]]))
-
-
-def outcome_sentence(row: ClaimRow) -> str:
-    """What was found of a claim, in a sentence with its numbers; the words follow from the verdict."""
-    margin = "" if row["margin"] is None else f" (±{row['margin']:g})"
-    claim = f"{row['id']}: {row['statement'].removeprefix('(ours) ')}{margin}"
-    if row["verdict"] == "not run":
-        return f"{claim}: not run ({row['note']})."
-    found = f"{interval_text(row['estimate'], row['ci95'])}, {row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
-    words = "these seeds do not decide it" if row["verdict"] == "inconclusive" else row["verdict"]
-    return f"{claim}: {words} ({'; '.join(filter(None, [found, remarks(row)]))})."
-
-
-def answer_clause(row: ClaimRow, found: str, ways: tuple[str, str], question: str, unit: str = "") -> str:
-    """What a verdict of the paper's claims says, and no more.
-
-    ``found`` takes one of ``ways``, that of *reproduced* or that of *not reproduced*, and how much it was, without the
-    sign that the way says already. Else it is the ``question``, that it is open, and the change with its sign.
-    """
-    if row["verdict"] == "not run":
-        return f"{question} was not measured"
-    decided = row["verdict"] in ("reproduced", "not reproduced")
-    bounds, digits = row["ci95"] or [], "z.3f" if decided else "+z.3f"
-    shown_bounds = sorted(map(abs, bounds)) if decided else bounds
-    mean = abs(row["estimate"] or 0.0) if decided else row["estimate"]
-    number, _, interval = interval_text(mean, shown_bounds, digits).partition(" ")
-    amount = " ".join(filter(None, [f"{number}{unit}", interval]))
-    if decided:
-        return found.format(ways[row["verdict"] == "not reproduced"], amount)
-    return f"{question} is not decided ({'; '.join(filter(None, [amount, withdrawn(row)]))})"
-
-
-def answer_sentences(rows: list[ClaimRow]) -> list[str]:
-    """What both experiments found, a sentence each, from the verdicts of A1, A2, B2 and B3."""
-    row = {claim["id"]: claim for claim in rows}
-    rise = answer_clause(
-        row["A1"],
-        "RL after SFT {} the SFT loss by {}",
-        ("raised", "lowered"),
-        "whether RL after SFT raises the SFT loss",
-        " nats",
-    )
-    end = answer_clause(
-        row["A2"],
-        "it ends {1} {0} the base model's",
-        ("above", "below"),
-        "whether it ends above the base model's",
-        " nats",
-    )
-    sampled = answer_clause(
-        row["B2"],
-        "SFT after RL {} the reward of sampled answers by {}",
-        ("lowered", "raised"),
-        "whether SFT after RL lowers the reward of sampled answers",
-    )
-    greedy = answer_clause(
-        row["B3"],
-        "it {} that of the likelier answer by {}",
-        ("lowered", "raised"),
-        "whether it lowers that of the likelier answer",
-    )
-    return [f"{one[0].upper()}{one[1:]}; {two}." for one, two in ((rise, end), (sampled, greedy))]
-
-
-def outcomes(rows: list[ClaimRow]) -> str:
-    """`outcome_sentence` of each row, as a list in Markdown."""
-    return "\n".join(f"* {outcome_sentence(row)}" for row in rows)
 
 
 def findings_table(rows: list[ClaimRow]) -> pd.DataFrame:
@@ -163,20 +72,6 @@ def states_table(metrics: pd.DataFrame) -> pd.DataFrame:
     counts = fallen.agg(["sum", "size"])
     means["collapsed"] = [f"{done} of {n}" if done else "no" for done, n in counts.itertuples(index=False)]
     return means
-
-
-def claims_text(rows: list[ClaimRow]) -> str:
-    """The claims for a terminal of 80 columns: what was measured, its interval and the verdict, with remarks below."""
-    lines = [f"{'claim':38}{'measured':>8}  {'95 % interval':16}  verdict"]
-    for row in rows:
-        margin = "" if row["margin"] is None else f" (±{row['margin']:g})"
-        first, *more = textwrap.wrap(row["statement"] + margin, 32)
-        mean, _, interval = interval_text(row["estimate"], row["ci95"]).partition(" ")
-        name = row["id"].partition("-")[0]  # of joint training: the statement says which run it is about
-        lines.append(f"{name:5} {first:32}{mean:>8}  {interval:16}  {row['verdict']}")
-        lines += [f"{'':6}{line}" for line in more]
-        lines += textwrap.wrap(remarks(row), 78, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
 
 
 def policies_table(results: Results, *runs: str) -> pd.DataFrame:

@@ -9,17 +9,16 @@ from nondecoupling.analysis.claims import CLAIMS, found_by_each, values_of_claim
 from nondecoupling.analysis.collapse import is_collapsed
 from nondecoupling.analysis.geometry import alignment_sentence, duration_sentence, threshold_sentence
 from nondecoupling.analysis.many_answers import cells_table
-from nondecoupling.analysis.statistics import interval_text
 from nondecoupling.analysis.tables import (
     claims_table,
     findings_table,
     finished_controls,
     policies_table,
-    rows_of,
     seconds_of,
     sweep_table,
     theory_sentences,
 )
+from nondecoupling.analysis.verdicts import interval_text, rows_of
 from nondecoupling.study.contracts import ClaimRow, Score, SweepEntry
 from nondecoupling.study.plan import STATES
 from nondecoupling.study.results import Results

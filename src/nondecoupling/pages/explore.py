@@ -22,8 +22,8 @@ from scipy.special import expit
 from scipy.stats import binomtest
 
 from nondecoupling.analysis import figures, geometry, theory
-from nondecoupling.analysis.claims import SIGNIFICANT
 from nondecoupling.analysis.predictions import label_log_odds
+from nondecoupling.analysis.verdicts import SIGNIFICANT
 from nondecoupling.study import folders
 from nondecoupling.study.plan import NAMES, STATES, has_two_answers
 from nondecoupling.study.results import PROVENANCE, Results, read_results

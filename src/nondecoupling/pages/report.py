@@ -19,18 +19,16 @@ import yaml
 from nondecoupling.analysis import agreement, figures
 from nondecoupling.analysis.controls import OBJECTIONS
 from nondecoupling.analysis.tables import (
-    answer_sentences,
     changes,
     claims_table,
     finished_controls,
     policies_table,
-    remarks,
-    rows_of,
     seconds_of,
     states_table,
     sweep_table,
     theorems_and_tests,
 )
+from nondecoupling.analysis.verdicts import answer_sentences, remarks, rows_of
 from nondecoupling.study import folders
 from nondecoupling.study.contracts import ClaimRow, TheoryFile
 from nondecoupling.study.fingerprint import NOTEBOOK_OF, NOTEBOOKS

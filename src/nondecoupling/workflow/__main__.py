@@ -51,7 +51,7 @@ def run_study(args: Arguments) -> None:
         require_groups(args.study.profile, STUDIES[args.action])
     make_study(args.study, args.seeds, STUDIES[args.action], args.words, args.jobs, args.scheduler, args.target)
     if not args.target:
-        from nondecoupling.analysis.tables import claims_text, rows_of
+        from nondecoupling.analysis.verdicts import claims_text, rows_of
 
         groups = STUDIES[args.action]
         families = "ABOM" + "KJ" * ("controls" in groups) + "G" * ("geometry" in groups)

@@ -88,11 +88,12 @@ def make_study(
         for summary in SUMMARIES.keys() - {part.name for part in parts}:
             forget(root, summary)
         rules = write_rules(root, parts, words)
-        fetch_inputs(study)
-        for name, changed in earlier_studies(study).items():
-            print(f"{changed} since the study '{name}', whose runs stay where they are; this is a study of its own")
         wanted = [part for part in needed_by(goal, parts) if part.name not in (TABLES, REPORT)]
         notebooks = [part for part in stale_parts(root, parts) if part in wanted]
+        if notebooks:
+            fetch_inputs(study)
+        for name, changed in earlier_studies(study).items():
+            print(f"{changed} since the study '{name}', whose runs stay where they are; this is a study of its own")
         how = f"by {scheduler}" if carry.is_remote(scheduler) else f"{jobs} at a time"
         print(opening_line(study.name, len(notebooks), len(wanted), how), flush=True)
         mention_gpu(study)

@@ -10,7 +10,8 @@ import pandas as pd
 
 from nondecoupling.analysis import agreement
 from nondecoupling.analysis.figures import PORTRAIT
-from nondecoupling.analysis.tables import claims_text, rows_of, seconds_of
+from nondecoupling.analysis.tables import seconds_of
+from nondecoupling.analysis.verdicts import claims_text, rows_of
 from nondecoupling.pages.documents import document_parts, verdicts_sentence
 from nondecoupling.pages.report import REPORT, content_of, notebooks_beside, render_report
 from nondecoupling.study import folders, results
