@@ -32,10 +32,10 @@ def test_names_move_apart_and_keep_their_order():
 
 def test_bands_are_the_tables_intervals():
     values = [0.1, 0.4, 0.2]
-    path = pd.DataFrame({"run": "sft", "seed": range(3), "step": 0, "sft_loss": values})
+    path = pd.DataFrame({"run": "sft", "seed": range(3), "step": 1, "sft_loss": values})
     path = pd.concat([path, path.assign(step=9), path.assign(run="sft-rl"), path.assign(run="sft-rl", step=9)])
     _, axes = plt.subplots()
-    figures.draw_pipeline(axes, path, "sft", "sft-rl", "sft_loss")
+    figures.draw_stages(axes, path, "sft", "sft-rl", "sft_loss", "-")
     heights = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in axes.collections])
     bounds = stats.ttest_1samp(values, 0).confidence_interval()
     assert [heights.min(), heights.max()] == pytest.approx([bounds.low, bounds.high])
@@ -44,8 +44,12 @@ def test_bands_are_the_tables_intervals():
 def test_one_seed_has_no_band():
     path = pd.DataFrame({"run": ["sft"] * 2 + ["sft-rl"] * 2, "seed": 0, "step": [0, 9] * 2, "sft_loss": [1, 2, 3, 4]})
     _, axes = plt.subplots()
-    figures.draw_pipeline(axes, path, "sft", "sft-rl", "sft_loss")
+    figures.draw_stages(axes, path, "sft", "sft-rl", "sft_loss", "-")
     assert all(np.isnan(band.get_paths()[0].vertices[:, 1]).all() for band in axes.collections if band.get_paths())
+
+
+def claim(name, verdict, estimate=0.217, ci95=(0.1, 0.3), **more):
+    return {"id": name, "verdict": verdict, "estimate": estimate, "ci95": list(ci95), **more}
 
 
 def experiments(verdicts):
@@ -57,9 +61,7 @@ def experiments(verdicts):
         for seed in range(3)
         for step in (0, steps)
     )
-    rows = [
-        {"id": name, "verdict": verdict, "estimate": 0.217, "ci95": [0.1, 0.3]} for name, verdict in verdicts.items()
-    ]
+    rows = [claim(name, verdict, predicted_from_policies=0.1) for name, verdict in verdicts.items()]
     return figures.draw_experiments(paths, rows, 0.37)
 
 
@@ -77,41 +79,13 @@ def test_the_picture_of_both_experiments_says_what_was_found(verdicts, titles):
     for axes, title in zip(figure.axes, titles, strict=True):
         assert title in axes.get_title(loc="left")
     first, second = ([text.get_text() for text in axes.texts] for axes in figure.axes)
-    assert "+0.217 nats\n[+0.100, +0.300]" in first
+    assert {"+0.217 nats\n[+0.100, +0.300]", "base model", "predicted,\nown belief"} <= set(first)
+    levels = [line.get_ydata()[0] for line in figure.axes[0].get_lines() if line.get_linestyle() == ":"]
+    assert levels == pytest.approx([0.5, 0.6])  # the base's loss, and the loss after SFT with own belief's rise
     assert {"sampled answers\n+0.217\n[+0.100, +0.300]", "likelier answer\n+0.217\n[+0.100, +0.300]"} <= set(second)
-    assert "majority answer" in second
+    assert {"majority answer", "after SFT alone"} <= set(second)
     labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
     assert labels == ["base\nmodel", "after 9 steps\nof SFT", "after 4 steps\nof RL"]
-
-
-def claim(name, verdict, estimate=0.217, ci95=(0.1, 0.3), **more):
-    return {"id": name, "verdict": verdict, "estimate": estimate, "ci95": list(ci95), **more}
-
-
-def two_stages(first, second):
-    return pd.DataFrame(
-        {"run": run, "seed": seed, "step": step, "sft_loss": 0.5, "reward_exact": 0.4, "reward_greedy": 0.6}
-        for run in (first, second)
-        for seed in range(2)
-        for step in (0, 9)
-    )
-
-
-@pytest.mark.parametrize(("verdict", "does"), [("reproduced", "raises"), ("inconclusive", "may or may not raise")])
-def test_experiment_a_says_its_finding_with_its_number(verdict, does):
-    levels = {"base model": 0.7, "predicted, own belief": 0.6}
-    axes = figures.draw_loss(two_stages("sft", "sft-rl"), claim("A1", verdict), levels).axes[0]
-    assert axes.get_title(loc="left") == f"RL after SFT {does} the SFT loss"
-    words = {text.get_text() for text in axes.texts}
-    assert {"+0.217 nats\n[+0.100, +0.300]", "base model: 0.700", "predicted, own belief: 0.600"} <= words
-
-
-def test_experiment_b_names_its_curves():
-    rows = claim("B2", "reproduced", -0.13, (-0.15, -0.11)), claim("B3", "inconclusive")
-    axes = figures.draw_reward(two_stages("rl", "rl-sft"), *rows, {"majority answer": 0.3}).axes[0]
-    assert axes.get_title(loc="left") == "SFT after RL: sampled reward falls, greedy undecided"
-    words = {text.get_text() for text in axes.texts}
-    assert {"sampled answers", "likelier answer (greedy)", "-0.130\n[-0.150, -0.110]"} <= words
 
 
 def test_titles_follow_the_verdicts():

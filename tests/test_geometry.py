@@ -197,7 +197,8 @@ def test_signs_are_beside_what_one_finds_who_always_says_the_same(content):
     share = max(np.mean(hurt), 1 - np.mean(hurt))
     notes = {row["id"]: row["note"] for row in content["claims"]}
     assert notes["G4"] == f"who always says that it hurts is right about {share:.3f}"
-    assert {notes[name] for name in notes if name != "G4"} == {""}
+    assert notes["G5"] == "+0.05 with labels shuffled among sentences"
+    assert {notes[name] for name in notes if name not in ("G4", "G5")} == {""}
 
 
 def test_without_a_cosine_of_halves_the_others_are_judged():
@@ -238,6 +239,12 @@ def test_sentences_have_the_words_of_their_verdicts(content):
     assert "for 24 of" not in geometry.alignment_sentence(content)
     says = geometry.policy_geometry(chapter(gradients=gradients_table(bound=0.7)))
     assert "says something" in geometry.alignment_sentence(content | {"policies": says})
+    assert "at the base (" in geometry.alignment_sentence(content)
+    noisy = gradients_table()
+    noisy.loc[(noisy["policy"] == "sft") & (noisy["seed"] > 0), "cosine_split"] = np.nan
+    hidden = {"policies": geometry.policy_geometry(chapter(gradients=noisy))}
+    assert "hidden by noise at SFT's end (known in 1 of" in geometry.alignment_sentence(content | hidden)
+    assert "hidden" not in geometry.alignment_sentence(content)
     poor = content["duration"] | {"free_share": None}
     assert "gained no reward" in geometry.duration_sentence(content | {"duration": poor})
 

@@ -20,7 +20,8 @@ from statsmodels.stats.proportion import proportion_confint
 
 from nondecoupling.analysis import theory
 from nondecoupling.analysis.predictions import frontier, ideal_path, label_policy, labels_given
-from nondecoupling.analysis.statistics import interval_text, mean_interval, shown
+from nondecoupling.analysis.statistics import mean_interval
+from nondecoupling.analysis.verdicts import interval_text, shown
 from nondecoupling.analysis.wording import in_words
 from nondecoupling.study.contracts import Change, ClaimRow, Crossing, OverSeeds, Payer, SweepEntry, Tilt
 from nondecoupling.study.plan import NAMES, WEIGHTS
@@ -36,7 +37,6 @@ PORTRAIT_WIDTH, LINE = (
     4.6,
     40,
 )  # inches and letters: text of 9 points is some ten pixels high on a screen 358 pixels wide
-TURNED = "turned in a portrait"  # of text that needs much room beside data
 BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}  # legends under axes
 LABEL_GAP = 0.05  # of the height of the axes
 MIXED = {"interleaved": "by turns"} | {f"joint-m{weight}": f"joint, μ = {weight}" for weight in WEIGHTS}
@@ -93,8 +93,6 @@ def portrait(figure: Figure) -> Figure:
             marks: list[Any] = legend.legend_handles
             legend.remove()
             owner.legend(marks, [text.get_text() for text in legend.get_texts()], fontsize=9, frameon=False, **below)
-    for text in tall.findobj(lambda artist: artist.get_gid() == TURNED):
-        text.set_rotation(90)  # type: ignore[attr-defined]
     for text in tall.findobj(Text):
         if len(words := text.get_text()) > LINE and "\n" not in words:  # type: ignore[attr-defined]
             text.set_text(textwrap.fill(words, LINE))  # type: ignore[attr-defined]
@@ -208,31 +206,6 @@ def legend_below(axes: Axes, columns: int) -> None:
     axes.legend(ncols=columns, fontsize=9, frameon=False, **BELOW)
 
 
-def label_levels(axes: Axes, levels: dict[str, float]) -> None:
-    """Horizontal lines across ``axes``, their meaning at the right end; close labels are moved apart. Call it last."""
-    low, high = axes.get_ylim()
-    low, high = min(low, *levels.values()), max(high, *levels.values())
-    margin = 0.03 * (high - low)
-    axes.set_ylim(low - margin, high + margin)
-    texts = sorted(levels, key=lambda text: levels[text])
-    places = moved_apart([levels[text] for text in texts], [LABEL_GAP * (high - low)] * (len(texts) - 1))
-    for text, place in zip(texts, places, strict=True):
-        value = levels[text]
-        axes.axhline(value, color="0.35", linestyle=":", linewidth=1.4, zorder=1)
-        axes.annotate(
-            f"{text}: {value:.3f}",
-            (1.0, value),
-            (1.03, place),
-            xycoords=("axes fraction", "data"),
-            textcoords=("axes fraction", "data"),
-            va="center",
-            fontsize=9,
-            color="0.25",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.8},
-        )
-
-
 def draw_stage(trajectory: pd.DataFrame, quantities: list[str], best: dict[str, float]) -> None:
     """One stage's ``quantities`` along its steps, in panels; ``best`` is `predictions.best_possible` of the sentences.
 
@@ -255,36 +228,6 @@ def draw_stage(trajectory: pd.DataFrame, quantities: list[str], best: dict[str, 
             axes.annotate(words, place, (0, 2), textcoords="offset points", ha="right", fontsize=8, color="0.3")
 
 
-def pipeline(trajectories: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
-    """Trajectories of two consecutive runs on one axis: the second starts where the first ends."""
-    one, two = (trajectories[trajectories["run"] == run] for run in (first, second))
-    return pd.concat([one.assign(at=one["step"]), two.assign(at=two["step"] + one["step"].max())], ignore_index=True)
-
-
-def draw_pipeline(axes: Axes, trajectories: pd.DataFrame, first: str, second: str, metric: str, **line) -> None:
-    """Mean and 95 % interval over seeds of ``metric`` along two stages, and every seed as a thin line."""
-    path = pipeline(trajectories, first, second)
-    for run in (first, second):
-        part = path[path["run"] == run]
-        sns.lineplot(part, x="at", y=metric, color=COLOURS[run], errorbar=t_bounds, ax=axes, **line)
-        for _, one in part.groupby("seed"):
-            axes.plot(one["at"], one[metric], color=COLOURS[run], linewidth=0.6, alpha=0.5)
-    border = path.loc[path["run"] == second, "at"].min()
-    axes.axvline(border, color="0.6", linewidth=1)
-    for run, x, side in ((first, border, "right"), (second, border, "left")):
-        axes.annotate(
-            NAMES[run],
-            (x, 1.02),
-            (8 if side == "left" else -8, 0),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha=side,
-            color=ink(COLOURS[run]),
-            weight="bold",
-        )
-    axes.set_xlabel("training steps of the two stages")
-
-
 def title_of_loss(row: ClaimRow) -> str:
     """What RL after SFT does to the SFT loss, by the verdict of A1."""
     does = {"reproduced": "raises", "not reproduced": "lowers"}.get(row["verdict"], "may or may not raise")
@@ -304,59 +247,6 @@ def effect_of(row: ClaimRow, unit: str = "") -> str:
     return f"{mean}{unit}\n{interval}".rstrip()
 
 
-def draw_effect(axes: Axes, trajectories: pd.DataFrame, first: str, second: str, metric: str, words: str) -> None:
-    """An arrow right of both stages, from the mean of ``metric`` after the ``first`` to that after the second."""
-    mean = trajectories.groupby(["run", "step"])[metric].mean()
-    start, end = (mean[run].iloc[-1] for run in (first, second))
-    left, right = axes.get_xlim()
-    place, width = right - 0.01 * (right - left), right - left
-    arrow = {"arrowstyle": "-|>", "linewidth": 2, "color": COLOURS[second], "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (place, end), (place, start), arrowprops=arrow)
-    text = axes.text(
-        place + 0.02 * width, (start + end) / 2, words, color=ink(COLOURS[second]), va="center", fontsize=10
-    )
-    text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 2})
-    text.set_gid(TURNED)
-    ticks = [tick for tick in axes.get_xticks() if 0 <= tick <= right]
-    axes.set_xlim(left, right + 0.3 * width)
-    axes.set_xticks(ticks)
-
-
-def draw_loss(trajectories: pd.DataFrame, row: ClaimRow, levels: dict[str, float]) -> Figure:
-    """Experiment A: SFT loss along base → SFT → RL with the labelled ``levels``; ``row`` is A1's, the effect."""
-    figure, axes = plt.subplots(figsize=(8.5, 4.2))
-    draw_pipeline(axes, trajectories, "sft", "sft-rl", "sft_loss", linewidth=2.2)
-    draw_effect(axes, trajectories, "sft", "sft-rl", "sft_loss", effect_of(row, " nats"))
-    label_levels(axes, levels)
-    axes.set_ylabel("SFT loss on dev, nats")
-    axes.set_title(title_of_loss(row), loc="left", weight="bold", fontsize=12, pad=26)
-    return figure
-
-
-def draw_reward(trajectories: pd.DataFrame, sampled: ClaimRow, greedy: ClaimRow, levels: dict[str, float]) -> Figure:
-    """Experiment B: reward along base → RL → SFT, of sampled answers (expected, solid) and of greedy ones (dashed).
-
-    The rows are those of B2 and B3; ``levels`` are labelled lines.
-    """
-    figure, axes = plt.subplots(figsize=(8.5, 4.2))
-    draw_pipeline(axes, trajectories, "rl", "rl-sft", "reward_exact", linewidth=2.2)
-    path = pipeline(trajectories, "rl", "rl-sft")
-    for run, part in path.groupby("run"):
-        sns.lineplot(part, x="at", y="reward_greedy", color=COLOURS[run], errorbar=t_bounds, linestyle="--", ax=axes)
-    for words, metric, offset in (
-        ("likelier answer (greedy)", "reward_greedy", 9),
-        ("sampled answers", "reward_exact", -18),
-    ):
-        end = path.loc[path["at"] == path["at"].max(), metric].mean()
-        style: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontsize": 9}
-        axes.annotate(words, (path["at"].max(), end), (0, offset), color=ink(COLOURS["rl-sft"]), **style)
-    draw_effect(axes, trajectories, "rl", "rl-sft", "reward_exact", effect_of(sampled))
-    label_levels(axes, levels)
-    axes.set_ylabel("reward on dev")
-    axes.set_title(title_of_reward(sampled, greedy), loc="left", weight="bold", fontsize=12, pad=26)
-    return figure
-
-
 def draw_stages(axes: Axes, trajectories: pd.DataFrame, first: str, second: str, metric: str, linestyle: str) -> None:
     """Mean and 95 % interval of ``metric`` along two stages, each drawn as wide as the other."""
     for place, run in enumerate((first, second)):
@@ -371,9 +261,17 @@ def draw_stages(axes: Axes, trajectories: pd.DataFrame, first: str, second: str,
 def draw_experiments(trajectories: pd.DataFrame, rows: list[ClaimRow], majority: float) -> Figure:
     """Both experiments side by side, labelled in place; titles and numbers are those of the claims' ``rows``.
 
-    ``majority`` is the reward of the majority answer on the sentences that are drawn.
+    ``majority`` is the reward of the majority answer on the sentences that are drawn. Dotted are what each end is to be
+    compared with: the base's loss and what own belief predicts, the majority answer and the end of SFT alone.
     """
     row = {claim["id"]: claim for claim in rows}
+    last = trajectories[trajectories["step"] == trajectories.groupby("run")["step"].transform("max")]
+    end = last.groupby("run")[["sft_loss", "reward_exact", "reward_greedy"]].mean()
+    start = trajectories.loc[(trajectories["run"] == "sft") & (trajectories["step"] == 0), "sft_loss"].mean()
+    levels = {"sft": {"base model": (start, "0.35")}, "rl": {"majority answer": (majority, "0.35")}}
+    levels["rl"]["after SFT alone"] = end.loc["sft", "reward_exact"], COLOURS["sft"]
+    if (predicted := row["A1"]["predicted_from_policies"]) is not None:
+        levels["sft"]["predicted,\nown belief"] = end.loc["sft", "sft_loss"] + predicted, "0.35"
     panels = {
         f"A   {title_of_loss(row['A1'])}": ("sft", "sft-rl", {"sft_loss": ("-", "", "A1", " nats")}),
         f"B   {title_of_reward(row['B2'], row['B3'])}": (
@@ -390,9 +288,7 @@ def draw_experiments(trajectories: pd.DataFrame, rows: list[ClaimRow], majority:
         ends = {}
         for metric, (linestyle, words, claim, unit) in curves.items():
             draw_stages(axes, trajectories, first, second, metric, linestyle)
-            part = trajectories[(trajectories["run"] == second)]
-            end = part.loc[part["step"] == part["step"].max(), metric].mean()
-            ends[f"{words}{effect_of(row[claim], unit)}"] = end, COLOURS[second]
+            ends[f"{words}{effect_of(row[claim], unit)}"] = end.loc[second, metric], COLOURS[second]
         steps = [int(trajectories.loc[trajectories["run"] == run, "step"].max()) for run in (first, second)]
         names = [NAMES[first], NAMES[second].rpartition(" ")[2]]
         after = [f"after {count} steps\nof {name}" for count, name in zip(steps, names, strict=True)]
@@ -411,10 +307,9 @@ def draw_experiments(trajectories: pd.DataFrame, rows: list[ClaimRow], majority:
                 weight="bold",
                 color=ink(COLOURS[run]),
             )
-        base = trajectories[(trajectories["run"] == first) & (trajectories["step"] == 0)]
-        level, words = (base["sft_loss"].mean(), "base model") if first == "sft" else (majority, "majority answer")
-        axes.axhline(level, color="0.45", linestyle=":", linewidth=1.2)
-        label_ends(axes, ends | {words: (level, "0.35")})
+        for level, colour in levels[first].values():
+            axes.axhline(level, color=colour, linestyle=":", linewidth=1.4)
+        label_ends(axes, ends | levels[first])
     return figure
 
 

@@ -101,13 +101,19 @@ def geometry_of(results: Results, policy: str) -> pd.DataFrame:
 
 
 def policy_geometry(results: Results) -> list[PolicyGeometry]:
-    """The geometry of each policy that was measured, means over seeds: along SFT, then what RL was part of."""
-    measured = set(results.gradients["policy"])
-    return [
-        {"policy": name, "quantities": means_of(geometry_of(results, name).drop(columns=["run", "policy", "n"]))}
-        for name in (*ALONG_SFT, "sft-rl", "rl", "rl-sft")
-        if name in measured
-    ]
+    """The geometry of each policy that was measured, means over seeds: along SFT, then what RL was part of.
+
+    A cosine that noise hides in most seeds has no mean: the others would be those in which it came out large.
+    """
+    measured, found = set(results.gradients["policy"]), []
+    for name in (*ALONG_SFT, "sft-rl", "rl", "rl-sft"):
+        if name in measured:
+            rows = geometry_of(results, name).drop(columns=["run", "policy", "n"])
+            known = int(rows["cosine_split"].notna().sum())
+            hidden = ["cosine_split"] if 2 * known <= len(rows) else []
+            quantities = means_of(rows.drop(columns=hidden))
+            found.append(PolicyGeometry(policy=name, quantities=quantities, cosines=known))
+    return found
 
 
 def means_of(rows: pd.DataFrame) -> Any:
@@ -344,7 +350,9 @@ def judge_geometry(results: Results, changes: pd.DataFrame | None) -> list[Claim
         SECOND_ORDER, mean_interval(values["G1"]), verdict_of_amount(gap, EARLY), predicted_from_policies=EARLY
     )
     why = "only studies with a base of their own begin RL between base and SFT"
-    notes = {} if changes is None else {"G4": [constant_note(changes)]}
+    shuffled = geometry_of(results, "base")["cosine_shuffled"].mean()
+    notes = {"G5": [f"{shuffled:+.2f} with labels shuffled among sentences"]}
+    notes |= {} if changes is None else {"G4": [constant_note(changes)]}
     rows = [
         judged(claim, values[claim.id], notes.get(claim.id, ())) if claim.id in values else not_run(claim, why)
         for claim in CLAIMS
@@ -419,14 +427,18 @@ def threshold_sentence(content: GeometryFile) -> str:
 
 def alignment_sentence(content: GeometryFile) -> str:
     """How the cosine goes from base to RL, and whether the bound says anything."""
-    found = {entry["policy"]: entry["quantities"] for entry in content["policies"]}
-    cosines = ", ".join(
-        f"{shown(found[policy]['cosine_split'], '+.2f')} at {words}"
-        for policy, words in (("base", "the base"), ("sft", "SFT's end"), ("sft-rl", "RL's end"))
-        if "cosine_split" in found.get(policy, {})
-    )
-    bounds = [quantities["bound"]["mean"] for quantities in found.values()]
+    found, cosines = {entry["policy"]: entry for entry in content["policies"]}, []
+    seeds = content["claims"][0]["seeds"]
+    for policy, words in (("base", "the base"), ("sft", "SFT's end"), ("sft-rl", "RL's end")):
+        if entry := found.get(policy):
+            mean, known = entry["quantities"].get("cosine_split"), entry["cosines"]
+            said = shown(mean, "+.2f") if mean else "hidden by noise"
+            few = f"known in {known} of {seeds} seeds, " if known < seeds else ""
+            shuffled = entry["quantities"]["cosine_shuffled"]["mean"]
+            cosines.append(f"{said} at {words} ({few}{shuffled:+.2f} with labels shuffled)")
+    bounds = [entry["quantities"]["bound"]["mean"] for entry in found.values()]
     says = sum(bound < VACUOUS for bound in bounds)
     some = f"says something (is below {VACUOUS:g}) for {says} of {len(bounds)} policies"
     vacuous = f"is vacuous for all policies ({VACUOUS:g} or more)"
-    return f"The cosine of -∇L and ∇J is {cosines}. The bound by spectral concentration {some if says else vacuous}."
+    bound = f"The bound by spectral concentration {some if says else vacuous}."
+    return f"The cosine of -∇L and ∇J is {', '.join(cosines)}. {bound}"

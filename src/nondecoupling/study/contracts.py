@@ -226,6 +226,7 @@ class PolicyGeometry(TypedDict):
 
     policy: str
     quantities: dict[str, OverSeeds]  # those of `training.gradients.summary`
+    cosines: int  # seeds whose noise leaves a cosine of halves; where most have none, `quantities` have no mean of it
 
 
 class PathPoint(TypedDict):

@@ -37,7 +37,7 @@ DRAWS = {  # the figures that each of them saves, some only where there is somet
     "controls": ("controls", "proxy", "joint"),
     "geometry": ("duration", "threshold", "alignment", "story"),
     "labels": ("labels",),
-    "claims": ("experiments", "experiment_a", "experiment_b", "plane", "calibration"),
+    "claims": ("experiments", "plane", "calibration"),
 }
 OF_TWO, OF_MORE = ("theory", "controls", "geometry"), ("labels",)  # summaries of studies with so many answers
 WEIGHTS = (0.2, 0.5, 0.8)  # of the SFT loss in joint training
