@@ -260,6 +260,15 @@ def test_a_trajectory_starts_at_the_parent_and_ends_at_the_result(run_twice, run
     assert last.drop("step").to_dict() == metrics
 
 
+def test_what_is_published_is_what_the_policy_measures_again(tiny_sft):
+    stage, outcome, folder = tiny_sft
+    metrics, answers = outcome.measure(evaluation_tables(stage.corpus, stage.settings.evaluation))
+    assert folders.read_json(folder / folders.METRICS)["evaluation"] == metrics
+    for split, table in answers.items():
+        pd.testing.assert_frame_equal(pd.read_parquet(folder / folders.answers_file(split)), table)
+    assert set(outcome.last[0]) == {"dev"}
+
+
 @pytest.mark.parametrize(
     ("steps", "points", "expected"),
     [(250, 6, [0, 50, 100, 150, 200, 250]), (3, 2, [0, 3]), (2, 6, [0, 1, 2]), (90, 4, [0, 30, 60, 90])],

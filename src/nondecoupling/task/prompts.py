@@ -54,8 +54,13 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Sequence[str]) -> list[list[int]]:
-    """Token ids of the chats that ask about ``sentences``."""
-    return chat_ids(tokenizer, [prompt_messages(prompt, sentence) for sentence in sentences])
+    """Token ids of the chats that ask about ``sentences``; those of the last few calls are remembered."""
+    return _known_ids(tokenizer, tuple(prompt_messages(prompt, sentence)[0]["content"] for sentence in sentences))
+
+
+@lru_cache(maxsize=4)  # a stage measures its policy on the same sentences again and again
+def _known_ids(tokenizer: PreTrainedTokenizerBase, questions: tuple[str, ...]) -> list[list[int]]:
+    return chat_ids(tokenizer, [[{"role": "user", "content": question}] for question in questions])
 
 
 def around_answers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

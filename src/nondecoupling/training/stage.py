@@ -20,7 +20,7 @@ from nondecoupling.task.prompts import check_chats, other_wordings, prompt_ids, 
 from nondecoupling.task.seeds import seed_of
 from nondecoupling.training import models
 from nondecoupling.training.base import base_folder
-from nondecoupling.training.evaluation import evaluation_tables, measure_policy
+from nondecoupling.training.evaluation import Measured, evaluation_tables, measure_policy
 from nondecoupling.training.trainer import (
     Measure,
     Outcome,
@@ -172,6 +172,12 @@ def run_trainer(
     exact = settings.model.dtype == "float32" and settings.model.quantization == "none"
     tolerance = 1e-5 if exact else 1e-2  # nats of KL
 
+    latest: list[Measured] = []
+
+    def measure_dev() -> dict[str, float]:
+        latest[:] = [measure({"dev": dev})]
+        return latest[0][0]["dev"]
+
     def begin(start: dict[str, float]) -> None:
         if not start.get("kl_to_parent", 0.0) < tolerance:
             raise RuntimeError(
@@ -182,7 +188,7 @@ def run_trainer(
 
     callback = StageCallback(
         evaluation_steps(steps, settings.evaluation.points),
-        lambda: measure({"dev": dev})[0]["dev"],
+        measure_dev,
         begin,
         reference_tolerance=tolerance if refers else None,
     )
@@ -215,7 +221,7 @@ def run_trainer(
     log = pd.DataFrame(callback.log)
     if "frac_reward_zero_std" in log:
         training["silent_group_share"] = round(float(log["frac_reward_zero_std"].mean()), 4)
-    return Outcome(pd.DataFrame(callback.rows), log, training, measure)
+    return Outcome(pd.DataFrame(callback.rows), log, training, measure, latest[0])
 
 
 def policy_measure(stage: Stage) -> Measure:
@@ -225,10 +231,16 @@ def policy_measure(stage: Stage) -> Measure:
 
 
 def publish_stage(stage: Stage, outcome: Outcome) -> Path:
-    """Measure the trained policy on all splits, write every file of the run and publish it; returns its folder."""
-    partial = folders.open_run(stage.root, stage.run, stage.seed)
+    """Measure the trained policy on all splits, write every file of the run and publish it; returns its folder.
+
+    Where the last point of the trajectory was measured on all of dev, it is the measurement.
+    """
+    partial, evaluation = folders.open_run(stage.root, stage.run, stage.seed), stage.settings.evaluation
+    tables = evaluation_tables(stage.corpus, evaluation)
+    last: Measured = outcome.last if evaluation.along_size is None and "dev" in tables else ({}, {})
     with memory_explained("evaluation.batch_size"):
-        metrics, answers = outcome.measure(evaluation_tables(stage.corpus, stage.settings.evaluation))
+        more = outcome.measure({split: table for split, table in tables.items() if split not in last[0]})
+    metrics, answers = last[0] | more[0], last[1] | more[1]
     for split, table in answers.items():
         table.to_parquet(partial / folders.answers_file(split))
     outcome.trajectory.to_csv(partial / folders.TRAJECTORY, index=False)
