@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -143,6 +144,16 @@ def test_ctrl_c_before_anything_is_known_is_quiet(results, monkeypatch, capsys):
     monkeypatch.setattr("nondecoupling.workflow.__main__.load_study", interrupted)
     assert main(["reproduce"]) == 130
     assert tuple(capsys.readouterr()) == ("", "")
+
+
+def test_the_line_of_a_finished_run_is_one_write(monkeypatch, results):
+    """Runs that end at the same moment share a pipe, and make's count goes by lines."""
+    written = []
+    monkeypatch.setattr("nondecoupling.workflow.notebooks.execute", lambda *_: None)
+    monkeypatch.setattr("nondecoupling.workflow.notebooks.quiet_environment", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=written.append, flush=lambda: None))
+    assert main(["run", "--profile=tiny", "--run=sft", "--seed=0"]) == 0
+    assert [text for text in written if text] == ["seed 0 · sft · 0:00\n"]
 
 
 @pytest.mark.parametrize(

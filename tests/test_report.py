@@ -194,7 +194,7 @@ def test_a_page_says_what_holds_for_its_own_numbers(finished):
     page = report.render_report(report.content_of(fewer))
     for place in (section(page, "short"), section(page, "claims")):
         assert "p 0.02, but 0.08 after Holm&#39;s correction" in place
-    assert page.count("Curves are measured on 64 dev sentences, tables and claims on all 1,000.") == 4
+    assert page.count("Curves are measured on 64 dev sentences, tables and claims on all 1,000.") == 2
     row = page.partition('<tr id="B2">')[2].partition("</tr>")[0]
     assert '<td data-label="measured [95 %]" class="numbers">−0.' in row
     assert not re.search(r">[^<]*\s-\d", page.partition("<body>")[2].partition("Every setting")[0])

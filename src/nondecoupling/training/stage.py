@@ -172,11 +172,12 @@ def run_trainer(
     exact = settings.model.dtype == "float32" and settings.model.quantization == "none"
     tolerance = 1e-5 if exact else 1e-2  # nats of KL
 
-    latest: list[Measured] = []
+    last: Measured = {}, {}
 
     def measure_dev() -> dict[str, float]:
-        latest[:] = [measure({"dev": dev})]
-        return latest[0][0]["dev"]
+        nonlocal last
+        last = measure({"dev": dev})
+        return last[0]["dev"]
 
     def begin(start: dict[str, float]) -> None:
         if not start.get("kl_to_parent", 0.0) < tolerance:
@@ -221,7 +222,7 @@ def run_trainer(
     log = pd.DataFrame(callback.log)
     if "frac_reward_zero_std" in log:
         training["silent_group_share"] = round(float(log["frac_reward_zero_std"].mean()), 4)
-    return Outcome(pd.DataFrame(callback.rows), log, training, measure, latest[0])
+    return Outcome(pd.DataFrame(callback.rows), log, training, measure, last)
 
 
 def policy_measure(stage: Stage) -> Measure:

@@ -79,7 +79,8 @@ def run_part(args: Arguments) -> None:
         load_begun(args)  # which has the true reason where files were changed after this process had looked
         raise
     seconds = int(time.perf_counter() - start)
-    print(f"{part.words} · {seconds // 60}:{seconds % 60:02d}", flush=True)
+    # In one write, end of line included, also with PYTHONUNBUFFERED: another run may end at the same moment.
+    print(f"{part.words} · {seconds // 60}:{seconds % 60:02d}\n", end="", flush=True)
 
 
 def make_tables(args: Arguments) -> None:
