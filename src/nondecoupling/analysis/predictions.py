@@ -21,6 +21,7 @@ from nondecoupling.analysis.statistics import over_seeds
 from nondecoupling.study.contracts import ClaimRow, Level
 from nondecoupling.study.results import Results, label_log_probabilities
 from nondecoupling.study.study import Study
+from nondecoupling.task.annotators import share_columns
 
 FRONTIER_BETAS = np.geomspace(0.3, 30, 60)  # at which frontiers are drawn
 SAME_PREDICTION = {"K1": "A1", "K3r": "O1", "K10": "A1"}  # other training, or a reward like a coin, changes nothing
@@ -49,10 +50,9 @@ def known_annotators(table: pd.DataFrame) -> theory.FloatArray | None:
 
     None where nobody knows them.
     """
-    shares = table[sorted((name for name in table if name.startswith("share_")), key=lambda name: int(name[6:]))]
-    if shares.shape[1]:
+    if shares := share_columns(table):
         with np.errstate(divide="ignore"):
-            return np.log(shares.to_numpy(dtype=float))
+            return np.log(table[shares].to_numpy(dtype=float))
     q = agreement_of(table)
     return None if q is None else theory.annotator_policy(table["truth"].astype(int), 1 - q)
 

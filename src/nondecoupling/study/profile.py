@@ -34,13 +34,12 @@ class Data(Section):
     """Where sentences come from: ``folder`` (a corpus's files) if it is given, else ``source``.
 
     ``columns`` names the columns of the files in ``folder``. ``overlap`` says whether dev keeps its sentences that are
-    also trained on, as CoLA's has a few, or leaves them out. ``expect: cola`` refuses files that are not CoLA 1.1's,
-    byte for byte. ``labels`` are the annotators', or the truth (the grammar's verdict), which only the generated corpus
-    knows. The other settings shape the generated corpus;
-    ``disagreement`` is the share of labels that annotators get wrong, of all sentences or by phenomenon.
-    Where there are more than two labels, ``violations`` says which label a violation of each phenomenon has (the last
-    label is that nothing is violated), and ``contradictions`` what annotators say who get it wrong: a row for each true
-    label, with the share of every label in it.
+    also trained on, as CoLA's has a few, or leaves them out. ``expect: cola`` refuses files with CoLA's names that are
+    not CoLA 1.1's, byte for byte. ``labels`` are the annotators', or the truth (the grammar's verdict), which only the
+    generated corpus knows. The other settings shape the generated corpus; ``disagreement`` is the share of labels that
+    annotators get wrong, of all sentences or by phenomenon. Where there are more than two labels, ``violations`` says
+    which label a violation of each phenomenon has (the last label is that nothing is violated), and ``contradictions``
+    what annotators say who get it wrong: a row for each true label, with the share of every label in it.
     """
 
     source: Literal["generated", "hub"]
