@@ -62,7 +62,7 @@ def experiments(verdicts):
         for step in (0, steps)
     )
     rows = [claim(name, verdict, predicted_from_policies=0.1) for name, verdict in verdicts.items()]
-    return figures.draw_experiments(paths, rows, 0.37)
+    return figures.draw_experiments(paths.assign(majority_reward=0.37), rows)
 
 
 @pytest.mark.parametrize(

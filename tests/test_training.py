@@ -266,7 +266,7 @@ def test_what_is_published_is_what_the_policy_measures_again(tiny_sft):
     assert folders.read_json(folder / folders.METRICS)["evaluation"] == metrics
     for split, table in answers.items():
         pd.testing.assert_frame_equal(pd.read_parquet(folder / folders.answers_file(split)), table)
-    assert set(outcome.last[0]) == {"dev"}
+    assert set(outcome.known[0]) == {"dev"}
 
 
 @pytest.mark.parametrize(

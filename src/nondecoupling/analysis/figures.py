@@ -258,17 +258,19 @@ def draw_stages(axes: Axes, trajectories: pd.DataFrame, first: str, second: str,
         )  # fmt: skip
 
 
-def draw_experiments(trajectories: pd.DataFrame, rows: list[ClaimRow], majority: float) -> Figure:
+def draw_experiments(trajectories: pd.DataFrame, rows: list[ClaimRow]) -> Figure:
     """Both experiments side by side, labelled in place; titles and numbers are those of the claims' ``rows``.
 
-    ``majority`` is the reward of the majority answer on the sentences that are drawn. Dotted are what each end is to be
-    compared with: the base's loss and what own belief predicts, the majority answer and the end of SFT alone.
+    Dotted are what each end is to be compared with: the base's loss and what own belief predicts, the reward of the
+    majority answer and of the end of SFT alone.
     """
     row = {claim["id"]: claim for claim in rows}
     last = trajectories[trajectories["step"] == trajectories.groupby("run")["step"].transform("max")]
     end = last.groupby("run")[["sft_loss", "reward_exact", "reward_greedy"]].mean()
-    start = trajectories.loc[(trajectories["run"] == "sft") & (trajectories["step"] == 0), "sft_loss"].mean()
-    levels = {"sft": {"base model": (start, "0.35")}, "rl": {"majority answer": (majority, "0.35")}}
+    base = trajectories[(trajectories["run"] == "sft") & (trajectories["step"] == 0)]
+    start = base[["sft_loss", "majority_reward"]].mean()
+    levels = {"sft": {"base model": (start["sft_loss"], "0.35")}}
+    levels["rl"] = {"majority answer": (start["majority_reward"], "0.35")}
     levels["rl"]["after SFT alone"] = end.loc["sft", "reward_exact"], COLOURS["sft"]
     if (predicted := row["A1"]["predicted_from_policies"]) is not None:
         levels["sft"]["predicted,\nown belief"] = end.loc["sft", "sft_loss"] + predicted, "0.35"

@@ -104,7 +104,7 @@ def git(repository: Path, *arguments: str) -> str:
 def cpu_name() -> str:
     """The processor's name, which model of it where Linux says so, and core count.
 
-    Virtual machines give different processors one name, and the model decides which arithmetic libraries choose.
+    Virtual machines may give different processors one name.
     """
     info, known = Path("/proc/cpuinfo"), {}
     if info.exists():

@@ -24,7 +24,12 @@ DAY = "01 Jan 2026"
 
 def prompt_messages(prompt: Prompt, sentence: str) -> list[dict[str, str]]:
     """The chat that asks about ``sentence``."""
-    return [{"role": "user", "content": prompt.template.replace("{sentence}", sentence)}]
+    return asking(prompt.template.replace("{sentence}", sentence))
+
+
+def asking(question: str) -> list[dict[str, str]]:
+    """The chat that asks ``question``."""
+    return [{"role": "user", "content": question}]
 
 
 def responses(prompt: Prompt) -> tuple[str, ...]:
@@ -60,7 +65,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sentences: Se
 
 @lru_cache(maxsize=4)  # a stage measures its policy on the same sentences again and again
 def _known_ids(tokenizer: PreTrainedTokenizerBase, questions: tuple[str, ...]) -> list[list[int]]:
-    return chat_ids(tokenizer, [[{"role": "user", "content": question}] for question in questions])
+    return chat_ids(tokenizer, list(map(asking, questions)))
 
 
 def around_answers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

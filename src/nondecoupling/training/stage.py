@@ -222,7 +222,8 @@ def run_trainer(
     log = pd.DataFrame(callback.log)
     if "frac_reward_zero_std" in log:
         training["silent_group_share"] = round(float(log["frac_reward_zero_std"].mean()), 4)
-    return Outcome(pd.DataFrame(callback.rows), log, training, measure, last)
+    known: Measured = last if settings.evaluation.along_size is None else ({}, {})
+    return Outcome(pd.DataFrame(callback.rows), log, training, measure, known)
 
 
 def policy_measure(stage: Stage) -> Measure:
@@ -232,16 +233,12 @@ def policy_measure(stage: Stage) -> Measure:
 
 
 def publish_stage(stage: Stage, outcome: Outcome) -> Path:
-    """Measure the trained policy on all splits, write every file of the run and publish it; returns its folder.
-
-    Where the last point of the trajectory was measured on all of dev, it is the measurement.
-    """
-    partial, evaluation = folders.open_run(stage.root, stage.run, stage.seed), stage.settings.evaluation
-    tables = evaluation_tables(stage.corpus, evaluation)
-    last: Measured = outcome.last if evaluation.along_size is None and "dev" in tables else ({}, {})
+    """Measure the trained policy on all splits, write every file of the run and publish it; returns its folder."""
+    partial, (metrics, answers) = folders.open_run(stage.root, stage.run, stage.seed), outcome.known
+    tables = evaluation_tables(stage.corpus, stage.settings.evaluation)
     with memory_explained("evaluation.batch_size"):
-        more = outcome.measure({split: table for split, table in tables.items() if split not in last[0]})
-    metrics, answers = last[0] | more[0], last[1] | more[1]
+        more = outcome.measure({split: table for split, table in tables.items() if split not in metrics})
+    metrics, answers = metrics | more[0], answers | more[1]
     for split, table in answers.items():
         table.to_parquet(partial / folders.answers_file(split))
     outcome.trajectory.to_csv(partial / folders.TRAJECTORY, index=False)

@@ -24,16 +24,16 @@ Measure = Callable[[dict[str, pd.DataFrame]], Measured]  # of the policy as it i
 
 
 class Outcome(NamedTuple):
-    """What a stage produced: measurements along the way and the last of them, the trainer's log, its cost.
+    """What a stage produced: measurements along the way, the trainer's log, its cost, and how to measure its end.
 
-    And how to measure its policy on other sentences.
+    ``known`` is what was measured of its end already: dev, where all of it is measured along the way.
     """
 
     trajectory: pd.DataFrame
     log: pd.DataFrame
     training: dict[str, Any]
     measure: Measure
-    last: Measured
+    known: Measured
 
 
 def evaluation_steps(steps: int, points: int) -> list[int]:
