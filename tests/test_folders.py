@@ -359,6 +359,19 @@ def test_only_this_checkouts_commit_counts(tmp_path, monkeypatch):
     assert provenance.code_version() == unknown
 
 
+def test_asking_for_the_commit_writes_nothing(tmp_path, monkeypatch):
+    """A run that is killed meanwhile would leave git's lock."""
+    monkeypatch.setattr(folders, "REPOSITORY", tmp_path)
+    (tmp_path / "kept").touch()
+    for words in (["init", "-q"], ["add", "kept"], ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "one"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    os.utime(tmp_path / "kept", (1, 1))  # which git would note in its index
+    index = tmp_path / ".git" / "index"
+    before = index.read_bytes()
+    assert provenance.code_version()["git_dirty"] is False
+    assert index.read_bytes() == before
+
+
 def test_the_profiles_hash_tells_profiles_apart(tiny_study):
     def digest(study):
         return provenance.describe_provenance(study, study.run("sft"), provenance.now())["profile_sha256"]

@@ -91,7 +91,8 @@ def code_version() -> dict[str, str | bool | None]:
 
 def git(repository: Path, *arguments: str) -> str:
     """Output of a git command, stripped; RuntimeError in git's own words where it fails, and where there is no git."""
-    command = ["git", *arguments]
+    # It looks, and writes nothing: a run that is killed while git renews its index would leave a lock in the user's way.
+    command = ["git", "--no-optional-locks", *arguments]
     try:
         done = subprocess.run(command, cwd=repository, capture_output=True, encoding="utf-8", check=False)
     except OSError as error:
