@@ -91,7 +91,7 @@ def code_version() -> dict[str, str | bool | None]:
 
 def git(repository: Path, *arguments: str) -> str:
     """Output of a git command, stripped; RuntimeError in git's own words where it fails, and where there is no git."""
-    # It looks, and writes nothing: a run that is killed while git renews its index would leave a lock in the user's way.
+    # It looks, and writes nothing: a run killed while git renews its index would leave a lock in the user's way.
     command = ["git", "--no-optional-locks", *arguments]
     try:
         done = subprocess.run(command, cwd=repository, capture_output=True, encoding="utf-8", check=False)
