@@ -49,7 +49,7 @@ def test_labels_are_drawn_in_the_known_shares_up_to_a_sentence_and_by_chance(sen
 def test_a_corpus_of_four_labels_is_written_read_and_known_again(tmp_path):
     data = FOUR.model_copy(update={"train_size": 300, "dev_size": 60})
     corpus.generate_corpus(data, 0, tmp_path)
-    read = corpus.load_corpus(tmp_path, data.columns, data.answers)
+    read = corpus.load_corpus(tmp_path, data)
     assert set(read["label"]) == {0, 1, 2, 3}
     known = annotators.with_known_shares(data, read)
     assert annotators.share_columns(known) == ["share_0", "share_1", "share_2", "share_3"]

@@ -11,6 +11,7 @@ import pytest
 from conftest import tiny
 from nondecoupling.pages.documents import markdown_table
 from nondecoupling.study import folders
+from nondecoupling.study.study import load_study
 from nondecoupling.workflow import bench
 
 
@@ -25,6 +26,15 @@ def test_every_configuration_is_measured(built_base, monkeypatch, configuration)
     ours = (16, 4 * 4) if configuration != "trl's defaults" else (8, 8)
     assert (cost["sft_sentences_per_step"], cost["rl_answers_per_step"]) == ours
     assert 1e6 < cost["peak_memory_bytes"] < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_a_corpus_is_read_as_the_study_reads_it(built_base, tmp_path):
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text("satz\turteil\nEs geht.\t1\nEs gehen.\t0\n")
+    columns = {"data.columns": {"sentence": "satz", "label": "urteil"}}
+    study = load_study("tiny", str(tmp_path), str(built_base / "policy"), columns)
+    stage = bench.bench_stage(study, "sft", built_base / "policy", tmp_path)
+    assert stage.corpus["sentence"].tolist() == ["Es geht.", "Es gehen."] * 2
 
 
 @pytest.mark.parametrize(("first", "expected"), [(9.0, [1, 4]), (11.0, [1, 1])])

@@ -473,7 +473,7 @@ SHAPES = {
 def test_a_published_corpus_is_read_as_it_was_written(shape, tmp_path):
     columns = SHAPES[shape](tmp_path) or {}
     (tmp_path / "notes.txt").write_text("not read")
-    table = corpus.load_corpus(tmp_path, Columns(**columns))
+    table = corpus.load_corpus(tmp_path, corpus.AS_PUBLISHED.model_copy(update={"columns": Columns(**columns)}))
     for _, found in table.groupby("split"):
         assert list(found[["sentence", "label"]].itertuples(index=False, name=None)) == ROWS
     splits = ["train", "dev", "dev_out"] if "CoLA" in shape else ["train", "dev"]
@@ -506,7 +506,16 @@ def test_faults_of_a_csv_are_named(tmp_path, text, words):
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"sentence": "Hm."}\n{"label": 1}', "1"])
+@pytest.mark.parametrize("lines", [True, False])
+def test_json_is_lines_or_an_array_and_a_sentence_may_hold_any_character(tmp_path, lines):
+    table = PUBLISHED.assign(sentence=PUBLISHED["sentence"] + "\u2028\x85[1]\x0c")
+    for name in ("train.json", "dev.json"):
+        table.to_json(tmp_path / name, orient="records", lines=lines, force_ascii=False, indent=None if lines else 2)
+    found = corpus.load_corpus(tmp_path)
+    assert found.loc[found["split"] == "dev", "sentence"].tolist() == table["sentence"].tolist()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "[]", "[[1]]", '{"sentence": "Hm."}\n{"label": 1}', "1"])
 def test_json_that_holds_no_rows_is_named(tmp_path, text):
     (tmp_path / "train.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"train\.jsonl"):
@@ -568,7 +577,8 @@ def test_cola_shares_sentences_between_its_files(cola):
     found = corpus.remarks(cola, in_folder(cola))
     assert "of which 6 are also trained on, 2 with the other label" in found[1]
     assert "of which 12 are also trained on, 0 with the other label" in found[2]
-    left = corpus.load_corpus(cola, overlap="leave_out")["split"].value_counts()
+    left_out = corpus.AS_PUBLISHED.model_copy(update={"overlap": "leave_out"})
+    left = corpus.load_corpus(cola, left_out)["split"].value_counts()
     assert left.to_dict() == {"train": 8551, "dev": 527 - 6, "dev_out": 516 - 12}
 
 

@@ -180,8 +180,8 @@ def test_the_plane_names_every_policy_beside_it():
         for seed in range(2)
         for step in (0, 9)
     )
-    base = pd.Series({"sft_loss": 0.8, "reward_exact": 0.2})
-    axes = figures.draw_plane(paths, base, 0.4, {}).axes[0]
+    base = pd.Series({"sft_loss": 0.8, "reward_exact": 0.2, "majority_reward": 0.4})
+    axes = figures.draw_plane(paths, base, {}).axes[0]
     assert {"base", "SFT", "SFT → RL", "RL", "RL → SFT", "majority answer"} <= {text.get_text() for text in axes.texts}
     assert "comes last decides" in axes.get_title(loc="left")
     assert axes.get_legend() is None

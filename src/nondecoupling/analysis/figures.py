@@ -315,12 +315,11 @@ def draw_experiments(trajectories: pd.DataFrame, rows: list[ClaimRow]) -> Figure
     return figure
 
 
-def draw_plane(
-    trajectories: pd.DataFrame, base: pd.Series, majority: float, frontiers: dict[str, pd.DataFrame]
-) -> Figure:
+def draw_plane(trajectories: pd.DataFrame, base: pd.Series, frontiers: dict[str, pd.DataFrame]) -> Figure:
     """Both pipelines as paths in the (SFT loss, sampled reward) plane; each mark is a mean over seeds.
 
-    ``frontiers`` maps a label to columns ``sft_loss, reward``: what RL's closed form traces as beta falls.
+    ``base`` has the means of the trajectories' columns at the start; ``frontiers`` maps a label to columns ``sft_loss,
+    reward``: what RL's closed form traces as beta falls.
     """
     figure, axes = plt.subplots(figsize=(8, 5.4))
     names: dict[str, tuple[float, float, Any]] = {}
@@ -339,8 +338,8 @@ def draw_plane(
         axes.annotate("", tuple(end), tuple(start), arrowprops=arrow | {"color": COLOURS[run]})
         axes.plot(*end, "o", color=COLOURS[run], markersize=9, markeredgecolor="white")
         names[NAMES[run]] = *end, COLOURS[run]
-    axes.axhline(majority, color="0.45", linestyle=":", linewidth=1.2, zorder=0)
-    names["majority answer"] = axes.get_xlim()[1], majority, "0.35"
+    axes.axhline(base["majority_reward"], color="0.45", linestyle=":", linewidth=1.2, zorder=0)
+    names["majority answer"] = axes.get_xlim()[1], base["majority_reward"], "0.35"
     axes.set(xlabel="SFT loss on dev, nats per response (left is better)")
     axes.set(ylabel="reward of sampled answers on dev (up is better)")
     last = mean.groupby("run")["sft_loss"].last()

@@ -22,6 +22,7 @@ from nondecoupling.task.seeds import seed_of
 FILES = {"train": "in_domain_train.tsv", "dev": "in_domain_dev.tsv", "dev_out": "out_of_domain_dev.tsv"}
 COLUMNS = ["source", "label", "mark", "sentence"]
 USUAL = Columns()
+AS_PUBLISHED = Data(source="hub", folder=None, expect="any")  # the usual columns, two labels, nothing left out
 # What files say for the two labels, whatever the case.
 LABELS = dict.fromkeys(("1", "1.0", "acceptable", "grammatical", "correct", "true", "yes"), 1) | dict.fromkeys(
     ("0", "0.0", "unacceptable", "ungrammatical", "incorrect", "false", "no"), 0
@@ -105,7 +106,7 @@ def write_tsv(table: pd.DataFrame, path: Path) -> None:
 
 
 def read_rows(path: Path) -> list[list[str]]:
-    """The cells of a file of JSON lines, of comma-separated or of tab-separated values, a JSON object's keys first.
+    """The cells of a file of JSON, of comma-separated or of tab-separated values, a JSON object's keys first.
 
     Raises ValueError with the file where it is empty, no text in UTF-8, or no such file.
     """
@@ -117,12 +118,19 @@ def read_rows(path: Path) -> list[list[str]]:
         raise ValueError(f"{path} is empty; it should hold one sentence per line.")
     try:
         if path.suffix.startswith(".json"):
-            objects = [json.loads(line) for line in text.splitlines() if line.strip()]
+            objects = json_objects(text)
             names = list(objects[0])
             return [names, *([str(row[name]) for name in names] for row in objects)]
         return parsed(text, ",") if path.suffix == ".csv" else parsed_tabs(text)
     except (csv.Error, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error!s:.200}.") from None
+
+
+def json_objects(text: str) -> list[dict[str, Any]]:
+    """The objects in ``text``: one to a line, or all in an array. A sentence may hold what ends a line elsewhere."""
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def parsed(text: str, delimiter: str, quoting: Any = csv.QUOTE_MINIMAL) -> list[list[str]]:
@@ -185,10 +193,10 @@ def read_file(path: Path, columns: Columns = USUAL, answers: int = 2) -> pd.Data
     return pd.DataFrame(found, columns=COLUMNS)
 
 
-def load_corpus(folder: Path, columns: Columns = USUAL, answers: int = 2, overlap: str = "keep") -> pd.DataFrame:
-    """All splits in ``folder`` as one table ``split, source, label, mark, sentence``.
+def load_corpus(folder: Path, data: Data = AS_PUBLISHED) -> pd.DataFrame:
+    """All splits in ``folder``, read as ``data`` says, as one table ``split, source, label, mark, sentence``.
 
-    With ``overlap`` "leave_out" the other splits are without the sentences of train.
+    Where ``data.overlap`` is "leave_out" the other splits are without the sentences of train.
     Raises FileNotFoundError where a split is missing, ValueError if all sentences of one have the same label.
     """
     files = data_files(folder)
@@ -196,16 +204,17 @@ def load_corpus(folder: Path, columns: Columns = USUAL, answers: int = 2, overla
         if split not in files:
             raise FileNotFoundError(
                 f"{folder} has no file of the split '{split}'; a corpus is in_domain_train.tsv and in_domain_dev.tsv, "
-                f"or train.tsv and dev.tsv, or the same as csv or jsonl."
+                f"or train.tsv and dev.tsv, or the same as csv or json."
             )
-    corpus = pd.concat([read_file(path, columns, answers).assign(split=split) for split, path in files.items()])
-    if overlap == "leave_out":
+    tables = {split: read_file(path, data.columns, data.answers) for split, path in files.items()}
+    corpus = pd.concat([table.assign(split=split) for split, table in tables.items()])
+    if data.overlap == "leave_out":
         corpus = corpus[~also_trained_on(corpus)]
     for split in files:
         labels = corpus.loc[corpus["split"] == split, "label"]
         if labels.nunique() < 2:
             said = f"every sentence of '{split}' has label {labels.iloc[0]}" if len(labels) else f"'{split}' is empty"
-            left = ", without those that are also trained on" if overlap == "leave_out" else ""
+            left = ", without those that are also trained on" if data.overlap == "leave_out" else ""
             raise ValueError(f"{folder}: {said}{left}; both labels are needed.")
     return corpus[["split", *COLUMNS]].reset_index(drop=True)
 
@@ -218,7 +227,7 @@ def also_trained_on(corpus: pd.DataFrame) -> pd.Series:
 
 def remarks(folder: Path, data: Data) -> list[str]:
     """Where each split was read, how many of its sentences are also trained on, and what ``data`` does with those."""
-    corpus = load_corpus(folder, data.columns, data.answers)
+    corpus = load_corpus(folder, data.model_copy(update={"overlap": "keep"}))
     label_of, lines = corpus[corpus["split"] == "train"].set_index("sentence")["label"], []
     for split, path in data_files(folder).items():
         line = f"{split}: {(corpus['split'] == split).sum():,} sentences of {path.name}"
@@ -236,7 +245,7 @@ def publish_corpus(study: Study, seed: int, partial: Path, folder: Path, started
     data = study.profile.data
     evaluation = {
         str(split): {"n": int(row.sentences), "majority_reward": row.majority_reward}
-        for split, row in describe_corpus(load_corpus(folder, data.columns, data.answers, data.overlap)).iterrows()
+        for split, row in describe_corpus(load_corpus(folder, data)).iterrows()
     }
     hashes = {path.name: folders.sha256(path) for path in data_files(folder).values()}
     root, run = folders.study_folder(study), study.run("data")
@@ -259,7 +268,7 @@ def load_checked_corpus(study: Study, seed: int) -> pd.DataFrame:
         found = folders.file_hashes(folder, name).get(name)
         if found != expected:
             raise ValueError(f"{folder / name} has sha256 {found}, but 01_data saw {expected}; run 01_data again.")
-    corpus = load_corpus(folder, data.columns, data.answers, data.overlap)
+    corpus = load_corpus(folder, data)
     if not data.generated:
         return corpus.assign(truth=pd.Series(pd.NA, index=corpus.index, dtype="Int64"), agreement=np.nan)
     corpus = annotators.with_known_shares(data, corpus)

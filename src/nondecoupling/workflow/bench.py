@@ -75,7 +75,7 @@ def bench_stage(study: Study, name: str, base: Path, data: Path) -> Any:
     settings, run = study.settings_of(study.run(name)), study.run(name)
     tokenizer = models.load_tokenizer(base)
     policy = models.start_policy(base, None, settings.model, settings.adaptation, 0)
-    table = corpus.load_corpus(data, answers=settings.data.answers)
+    table = corpus.load_corpus(data, settings.data)
     root = folders.study_folder(study)
     return Stage(study, run, 0, settings, root, base, table, tokenizer, policy, {}, provenance.now())
 
@@ -188,7 +188,7 @@ def measure_defaults(study: Study, base: Path, data: Path, steps: int) -> dict[s
     from nondecoupling.training.trainer import peak_memory
 
     prompt, tokenizer = study.profile.prompt, models.load_tokenizer(base)
-    table = corpus.load_corpus(data, answers=study.profile.data.answers)
+    table = corpus.load_corpus(data, study.profile.data)
     train = corpus.fixed_subset(table, "train", 512)
     chats = [prompt_messages(prompt, sentence) for sentence in train["sentence"]]
     answers = [[{"role": "assistant", "content": responses(prompt)[label]}] for label in train["label"]]

@@ -228,7 +228,7 @@ def fetch_inputs(study: Study) -> None:
     if profile.data.source == "hub" and not profile.data.folder and not folders.is_complete(root / "data"):
         hub.fetch_glue()
     if profile.data.folder and not folders.is_complete(root / "data"):
-        corpus.load_corpus(Path(profile.data.folder), profile.data.columns, profile.data.answers, profile.data.overlap)
+        corpus.load_corpus(Path(profile.data.folder), profile.data)
         print(*corpus.remarks(Path(profile.data.folder), profile.data), sep="\n", flush=True)
     if profile.model.folder and not folders.is_complete(root / "base"):
         hub.check_model(Path(profile.model.folder))
