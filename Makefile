@@ -127,8 +127,8 @@ setup: $(READY) ## create .venv (all targets do it by themselves): 2 min
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[book]'
 	@touch $@
 
-# The notebooks run in a results folder of their own, so that a test never touches a study.
-NBVAL = $(KERNELS) NONDECOUPLING_RESULTS=$$(mktemp -d) OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 \
+# The notebooks run in a results folder of their own (`kernels while`), so that a test never touches a study.
+NBVAL = $(KERNELS) OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 \
         $(PYTHON) -m nondecoupling.workflow.kernels while $(PYTHON) -m pytest -q --nbval \
         --nbval-sanitize-with tests/nbval-sanitize.cfg --nbval-kernel-name python3 --nbval-cell-timeout 600
 # Stages need each other's results; the other chapters read committed ones.

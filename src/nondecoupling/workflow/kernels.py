@@ -206,8 +206,8 @@ def be_kernel(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "while":
-        with warm_kernels():
-            sys.exit(subprocess.call(sys.argv[2:]))
+    if sys.argv[1] == "while":  # kernels of a command start warm, and their results go when it ends
+        with warm_kernels(), tempfile.TemporaryDirectory() as results:
+            sys.exit(subprocess.call(sys.argv[2:], env=os.environ | {"NONDECOUPLING_RESULTS": results}))
     else:
         sys.exit(be_kernel(sys.argv[1:]))
