@@ -3,6 +3,7 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 
 from nondecoupling.study import folders
@@ -52,6 +53,8 @@ def test_what_readme_and_docs_say_of_outcomes_is_what_the_references_hold():
     behind = [entry["slope"]["ci95"][1] < 1 and entry["change_of_loss"]["gap_to_own_belief"]["ci95"][1] < 0
               for entry in short]  # fmt: skip
     base = theory["temperatures"]["base"]["ci95"][1]
+    curves = pd.read_csv(references / "laptop-cola-smollm2-8e55e4" / "trajectories.csv").query("run == 'rl'")
+    rewards = curves.pivot_table(index="step", columns="seed", values="reward_exact")
     outcomes = {
         "In `nano`, greedy decoding of the SFT policy has all of RL's reward": nano["T6"]["verdict"] == "confirmed",
         "A model is unsure of sentences that it has not seen, too, and RL sharpens these as well (K6)":
@@ -61,6 +64,8 @@ def test_what_readme_and_docs_say_of_outcomes_is_what_the_references_hold():
             nano["B2"]["predicted_from_policies"] > 0 > nano["B2"]["estimate"] and base < 1,
         "B could not be tested: RL from this base learnt nothing that SFT could take away":
             all(laptop[name]["note"].startswith("RL collapsed to one answer in 3 of 3") for name in ("B1", "B2", "B3")),
+        "about a third of CoLA, where the paper has two epochs: in their last quarter its reward on dev rises in no seed":
+            rewards.index[-2:].tolist() == [75, 100] and bool((rewards.diff().iloc[-1] <= 0).all()),
     }  # fmt: skip
     assert {sentence: text.count(sentence) for sentence in outcomes} == dict.fromkeys(outcomes, 1)
     assert outcomes == dict.fromkeys(outcomes, True)
