@@ -92,6 +92,7 @@ def test_what_else_is_finished_for_all_seeds_belongs_to_the_study(begun, root):
             folder = folders.run_folder(root, begun.run(name), seed)
             folder.mkdir(parents=True)
             folders.write_json(folder / folders.METRICS, {})
+            (folder / folders.NOTEBOOK).touch()
             folders.write_hashes(folder)
 
     finish("sft-sft", 0, 1)
@@ -202,6 +203,7 @@ def begun(root):
         folder.mkdir(parents=True)
         parents = folders.parent_hashes(study, root, study.run(name), seed)
         folders.write_json(folder / folders.METRICS, {"parents": parents})
+        (folder / folders.NOTEBOOK).touch()
         folders.write_hashes(folder)
     return study
 
@@ -259,6 +261,7 @@ def test_commands_are_those_of_the_unfinished_runs_each_after_what_it_needs(root
         (root / part.target).parent.mkdir(parents=True, exist_ok=True)
         parents = folders.parent_hashes(study, root, study.run(part.name), part.seed)
         folders.write_json(root / part.target, {"parents": parents})
+        (root / part.target).with_name(folders.NOTEBOOK).touch()
     left = executor.commands_of_runs(study, [0, 3], ["--profile=nano", "--data=it's"])
     assert left == [line for line, part in zip(lines, parts, strict=True) if part not in made]
 

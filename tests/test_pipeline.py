@@ -355,6 +355,25 @@ def test_a_run_beside_another_parent_than_its_own_is_stale_and_in_no_table(copie
     assert not (tmp_path / "checkout").exists()
 
 
+def test_a_run_by_hand_is_made_again_and_no_part_of_the_study_by_itself(copied, capsys, monkeypatch):
+    """Whoever runs a notebook in JupyterLab may have changed its cells, or the library."""
+    for run in ("rl", "rl-sft"):  # of which the second is then of another parent
+        (copied / "seed1" / run / folders.NOTEBOOK).unlink()
+        folders.write_hashes(copied / "seed1" / run)
+    states = {line.split()[0]: line.split()[1:] for line in graph.status_lines(STUDY, SEEDS) if line}
+    assert states["rl"] == states["rl-sft"] == ["✓", "~"]
+    graph.write_settings(STUDY, PARTS, SEEDS)
+    again = {f"seed1/{run}/metrics.json" for run in ("rl", "rl-sft")} | MADE_OF_ALL
+    assert {part.target for part in graph.stale_parts(copied, PARTS)} == set(made_by_make(copied)) == again
+    assert [run.name for run in graph.runs_in(STUDY, SEEDS, [])] == ["data", "base", "sft", "sft-rl"]
+
+    monkeypatch.setattr(executor, "run_make", lambda command, notebooks: 0)
+    main(["reproduce", "--profile=tiny", f"--target={copied / 'provenance.json'}"])
+    assert "made again, because somebody ran it by hand: seed 1 · rl, seed 1 · rl-sft\n" in capsys.readouterr().out
+    main(["reproduce", "--profile=tiny", f"--target={copied / 'seed0' / 'rl' / 'metrics.json'}"])
+    assert "by hand" not in capsys.readouterr().out
+
+
 # What goes wrong, and goes on
 
 

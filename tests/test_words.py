@@ -64,7 +64,7 @@ def test_what_readme_and_docs_say_of_outcomes_is_what_the_references_hold():
             nano["B2"]["predicted_from_policies"] > 0 > nano["B2"]["estimate"] and base < 1,
         "B could not be tested: RL from this base learnt nothing that SFT could take away":
             all(laptop[name]["note"].startswith("RL collapsed to one answer in 3 of 3") for name in ("B1", "B2", "B3")),
-        "about a third of CoLA, where the paper has two epochs: in their last quarter its reward on dev rises in no seed":
+        "where the paper has two epochs: in their last quarter its reward on dev rises in no seed":
             rewards.index[-2:].tolist() == [75, 100] and bool((rewards.diff().iloc[-1] <= 0).all()),
     }  # fmt: skip
     assert {sentence: text.count(sentence) for sentence in outcomes} == dict.fromkeys(outcomes, 1)

@@ -138,7 +138,7 @@ def publish(partial: Path, notebook: Path | None = None) -> Path:
 
     It must hold readable metrics with status "complete". The checkpoints that led to it are removed. A stage whose
     notebook make executes leaves that to make, which publishes the run with its executed ``notebook`` when that has
-    ended well; whoever runs a notebook by hand has a result at once, without one.
+    ended well; whoever runs a notebook by hand has a result at once, without one, and make makes it again.
     """
     metrics = read_json(partial / METRICS)
     if metrics.get("status") != "complete":

@@ -26,6 +26,7 @@ from nondecoupling.workflow.graph import (
     Part,
     earlier_studies,
     parts_of,
+    run_by_hand,
     runs_in,
     stale_parts,
     write_settings,
@@ -90,6 +91,8 @@ def make_study(
         rules = write_rules(root, parts, words)
         wanted = [part for part in needed_by(goal, parts) if part.name not in (TABLES, REPORT)]
         notebooks = [part for part in stale_parts(root, parts) if part in wanted]
+        if by_hand := [part.words for part in run_by_hand(root, wanted)]:
+            print(f"made again, because somebody ran it by hand: {', '.join(by_hand)}")
         if notebooks:
             fetch_inputs(study)
         for name, changed in earlier_studies(study).items():

@@ -130,23 +130,32 @@ def renewed_settings(root: Path, parts: list[Part], settings: dict[str, dict[str
     return {part.name for part in parts if said(root / part.settings) != settings[part.name]}
 
 
+def finished_runs(root: Path, parts: list[Part]) -> list[Part]:
+    """The runs among ``parts`` that have a result."""
+    return [part for part in parts if (root / part.target).name == folders.METRICS and (root / part.target).exists()]
+
+
+def run_by_hand(root: Path, parts: list[Part]) -> list[Part]:
+    """The finished runs that make did not execute: nobody knows which cells, or which code, they are of."""
+    done = finished_runs(root, parts)
+    return [part for part in done if not (root / part.target).with_name(folders.NOTEBOOK).exists()]
+
+
 def beside_other_parents(study: Study, root: Path, parts: list[Part]) -> list[Part]:
     """The finished runs that were made from another parent than the one that is there now."""
-    finished = [
-        part for part in parts if (root / part.target).name == folders.METRICS and (root / part.target).exists()
-    ]
     return [
         part
-        for part in finished
+        for part in finished_runs(root, parts)
         if folders.read_json(root / part.target).get("parents")
         != folders.parent_hashes(study, root, study.run(part.name), part.seed or 0)
     ]
 
 
 def write_settings(study: Study, parts: list[Part], seeds: list[int]) -> None:
-    """Write each part's settings file where that changes what it says; age runs beside another parent than theirs.
+    """Write each part's settings file where that changes what it says; age runs that make would make otherwise.
 
-    What the study reads from folders of the user's is written down, too.
+    Those are runs beside another parent than theirs, and runs by hand. What the study reads from folders of the user's
+    is written down, too.
     """
     root, settings = folders.study_folder(study), settings_of_parts(study, parts, seeds)
     (root / "settings").mkdir(parents=True, exist_ok=True)
@@ -157,7 +166,7 @@ def write_settings(study: Study, parts: list[Part], seeds: list[int]) -> None:
         if part.name in renewed:
             folders.write_json(root / part.settings, settings[part.name])
             renewed.remove(part.name)  # one file serves all seeds
-    for part in beside_other_parents(study, root, parts):
+    for part in [*beside_other_parents(study, root, parts), *run_by_hand(root, parts)]:
         os.utime(root / part.target, (0, 0))  # older than anything, so that make makes it again
 
 
@@ -204,11 +213,12 @@ def stale_parts(root: Path, parts: list[Part], renewed: Collection[str] = ()) ->
 
 
 def runs_in(study: Study, seeds: list[int], groups: Collection[str]) -> list[Run]:
-    """The runs of some groups of the plan, and of the others those that are finished for all ``seeds``."""
+    """The runs of some groups of the plan, and of the others those that make has finished for all ``seeds``."""
     root, found = folders.study_folder(study), {run.name for run in study.runs_of(*groups)}
     for run in study.runs:
-        places = (folders.run_folder(root, run, seed) for seed in seeds)
-        if run.name not in found and found.issuperset(run.parents) and all(map(folders.is_complete, places)):
+        places = [folders.run_folder(root, run, seed) for seed in seeds]
+        finished = all(folders.is_complete(place) and (place / folders.NOTEBOOK).exists() for place in places)
+        if run.name not in found and found.issuperset(run.parents) and finished:
             found.add(run.name)
     return [run for run in study.runs if run.name in found]
 
@@ -229,8 +239,8 @@ def status_lines(study: Study, seeds: list[int]) -> list[str]:
     root = folders.study_folder(study)
     parts = [run_part(study, run.name, seed) for run in study.runs for seed in (seeds[:1] if run.once else seeds)]
     renewed = renewed_settings(root, parts, settings_of_parts(study, parts, seeds))
-    orphans = [part.target for part in beside_other_parents(study, root, parts)]
-    stale = {*orphans, *(part.target for part in stale_parts(root, parts, renewed))}
+    others = [*beside_other_parents(study, root, parts), *run_by_hand(root, parts)]
+    stale = {part.target for part in [*others, *stale_parts(root, parts, renewed)]}
     width = max(len(run.name) for run in study.runs)
     heads = [str(seed).rjust(len(str(seeds[-1]))) for seed in seeds]  # a digit a line, so that many seeds fit
     lines = [f"{'':{width}} " + "".join(f" {head[place]}" for head in heads) for place in range(len(heads[0]))]
