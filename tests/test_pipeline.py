@@ -355,7 +355,7 @@ def test_a_run_beside_another_parent_than_its_own_is_stale_and_in_no_table(copie
     assert not (tmp_path / "checkout").exists()
 
 
-def test_a_run_by_hand_is_made_again_and_no_part_of_the_study_by_itself(copied, capsys, monkeypatch):
+def test_what_was_run_by_hand_is_made_again_and_no_part_of_the_study_by_itself(copied, capsys, monkeypatch):
     """Whoever runs a notebook in JupyterLab may have changed its cells, or the library."""
     for run in ("rl", "rl-sft"):  # of which the second is then of another parent
         (copied / "seed1" / run / folders.NOTEBOOK).unlink()
@@ -372,6 +372,17 @@ def test_a_run_by_hand_is_made_again_and_no_part_of_the_study_by_itself(copied, 
     assert "made again, because somebody ran it by hand: seed 1 · rl, seed 1 · rl-sft\n" in capsys.readouterr().out
     main(["reproduce", "--profile=tiny", f"--target={copied / 'seed0' / 'rl' / 'metrics.json'}"])
     assert "by hand" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [newer, gone])
+def test_verdicts_by_hand_are_judged_again(copied, capsys, monkeypatch, change):
+    """Of a chapter whose rules somebody changed in JupyterLab, or of a copy without the notebook."""
+    change(copied, {newer: "claims.json", gone: "claims.ipynb"}[change])
+    monkeypatch.setattr(executor, "run_make", lambda command, notebooks: 0)
+    for said in (True, False):  # then it is older than all that it is made from, until it is made
+        main(["reproduce", "--profile=tiny", f"--target={copied / 'report.html'}"])
+        assert ("because somebody ran it by hand: claims\n" in capsys.readouterr().out) == (said or change is gone)
+        assert {part.target for part in graph.stale_parts(copied, PARTS)} == {"claims.json", "report.html"}
 
 
 # What goes wrong, and goes on

@@ -85,14 +85,15 @@ def make_study(
     parts = parts_of(study, seeds, runs_in(study, seeds, groups))
     goal = goal_of(root, parts, target) if target else "study"
     with alone(root):
+        wanted = [part for part in needed_by(goal, parts) if part.name not in (TABLES, REPORT)]
+        by_hand = run_by_hand(root, wanted)
         write_settings(study, parts, seeds)
         for summary in SUMMARIES.keys() - {part.name for part in parts}:
             forget(root, summary)
         rules = write_rules(root, parts, words)
-        wanted = [part for part in needed_by(goal, parts) if part.name not in (TABLES, REPORT)]
         notebooks = [part for part in stale_parts(root, parts) if part in wanted]
-        if by_hand := [part.words for part in run_by_hand(root, wanted)]:
-            print(f"made again, because somebody ran it by hand: {', '.join(by_hand)}")
+        if by_hand:
+            print(f"made again, because somebody ran it by hand: {', '.join(part.words for part in by_hand)}")
         if notebooks:
             fetch_inputs(study)
         for name, changed in earlier_studies(study).items():

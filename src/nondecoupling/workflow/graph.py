@@ -130,32 +130,40 @@ def renewed_settings(root: Path, parts: list[Part], settings: dict[str, dict[str
     return {part.name for part in parts if said(root / part.settings) != settings[part.name]}
 
 
-def finished_runs(root: Path, parts: list[Part]) -> list[Part]:
-    """The runs among ``parts`` that have a result."""
-    return [part for part in parts if (root / part.target).name == folders.METRICS and (root / part.target).exists()]
-
-
 def run_by_hand(root: Path, parts: list[Part]) -> list[Part]:
-    """The finished runs that make did not execute: nobody knows which cells, or which code, they are of."""
-    done = finished_runs(root, parts)
-    return [part for part in done if not (root / part.target).with_name(folders.NOTEBOOK).exists()]
+    """The parts whose result make did not execute: nobody knows which cells, or which code, it is of.
+
+    What make executes has its notebook beside it, which of a summary is written last.
+    """
+
+    def by_hand(part: Part) -> bool:
+        made, summary = root / part.target, part.name in SUMMARIES
+        notebook = made.with_name(f"{part.name}.ipynb" if summary else folders.NOTEBOOK)
+        if not made.exists() or not (summary or made.name == folders.METRICS):
+            return False
+        return not notebook.exists() or (summary and notebook.stat().st_mtime_ns < made.stat().st_mtime_ns)
+
+    return list(filter(by_hand, parts))
 
 
 def beside_other_parents(study: Study, root: Path, parts: list[Part]) -> list[Part]:
     """The finished runs that were made from another parent than the one that is there now."""
+    finished = [
+        part for part in parts if (root / part.target).name == folders.METRICS and (root / part.target).exists()
+    ]
     return [
         part
-        for part in finished_runs(root, parts)
+        for part in finished
         if folders.read_json(root / part.target).get("parents")
         != folders.parent_hashes(study, root, study.run(part.name), part.seed or 0)
     ]
 
 
 def write_settings(study: Study, parts: list[Part], seeds: list[int]) -> None:
-    """Write each part's settings file where that changes what it says; age runs that make would make otherwise.
+    """Write each part's settings file where that changes what it says; age what make would make otherwise.
 
-    Those are runs beside another parent than theirs, and runs by hand. What the study reads from folders of the user's
-    is written down, too.
+    Those are runs beside another parent than theirs, and what was run by hand. What the study reads from folders of
+    the user's is written down, too.
     """
     root, settings = folders.study_folder(study), settings_of_parts(study, parts, seeds)
     (root / "settings").mkdir(parents=True, exist_ok=True)
