@@ -1,5 +1,6 @@
 """Run folders: a result exists or it does not, and holds what the contract says."""
 
+import fcntl
 import os
 import subprocess
 from dataclasses import replace
@@ -13,6 +14,7 @@ from making import flip
 from nondecoupling.study import folders, provenance
 from nondecoupling.study.contracts import RunFile
 from nondecoupling.study.study import load_study
+from nondecoupling.workflow.executor import alone
 
 EVALUATION = {
     "n",
@@ -187,6 +189,23 @@ def test_a_damaged_list_of_hashes_is_damage(partial, content):
     (folder / folders.HASHES).write_text(content)
     with pytest.raises(RuntimeError, match=r"is not the file that the run wrote"):
         folders.require_complete(folder, "Run 'x'")
+
+
+def test_nobody_runs_a_notebook_by_hand_in_a_study_that_make_makes(study, monkeypatch):
+    root, run = folders.study_folder(study), study.run("sft")
+    with alone(root):
+        with pytest.raises(
+            RuntimeError, match=f"nano is being made by process {os.getpid()} on .*; wait for it, or stop"
+        ):
+            folders.open_run(root, run, 0)
+        assert [path.name for path in root.rglob("*")] == [folders.LOCK]
+        with monkeypatch.context() as kernel:
+            kernel.setenv(folders.EXECUTED, "1")
+            assert folders.open_run(root, run, 0).exists()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(fcntl, "flock", lambda *_: os.open("/", os.O_WRONLY))  # where nothing can be locked
+            assert folders.open_run(root, run, 0).exists()
+    assert folders.open_run(root, run, 0).exists()
 
 
 def test_a_run_is_published_with_its_executed_notebook(partial, monkeypatch):

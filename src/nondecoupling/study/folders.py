@@ -4,12 +4,14 @@ A run is written to ``<run>.partial`` and renamed to ``<run>`` when it is comple
 is a result.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nondecoupling.study.plan import Run
 from nondecoupling.study.study import Study
@@ -18,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 METRICS, TRAJECTORY, LOG, POLICY, PATHS = "metrics.json", "trajectory.csv", "log.csv", "policy", "paths.csv"
 NOTEBOOK = "notebook.ipynb"  # as it was executed
 EXECUTED = "NONDECOUPLING_EXECUTED"  # environment variable of a kernel whose notebook make executes
+LOCK = ".lock"  # of a study, which whoever makes it holds
 MEASURED = "measured.json"  # what a stage had measured at a checkpoint
 PROVENANCE = "provenance.json"  # of a whole study, beside its tables; the last of them that is written
 HASHES = "sha256.json"  # of every file of a published run, or of a checkpoint; the last that is written
@@ -91,8 +94,33 @@ def parent_hashes(study: Study, root: Path, run: Run, seed: int) -> dict[str, st
     return {name: sha256(path) if path.exists() else None for name, path in files.items()}
 
 
+def take(lock: TextIO, how: int) -> None:
+    """Take a study's lock, shared or for oneself (``how``, fcntl's); RuntimeError names who makes the study already.
+
+    It is the operating system's, and ends with the process that holds it, however that ends. Raises OSError where the
+    file system has no locks.
+    """
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        root = Path(lock.name).parent
+        raise RuntimeError(f"{root} is being made by {lock.read()}; wait for it, or stop it.") from None
+
+
+def refuse_beside_make(root: Path) -> None:
+    """RuntimeError where a notebook is run by hand while make makes the study in ``root``: both would write a run."""
+    if not os.environ.get(EXECUTED):
+        with suppress(OSError), (root / LOCK).open(encoding="utf-8") as lock:
+            take(lock, fcntl.LOCK_SH)
+
+
 def open_run(root: Path, run: Run, seed: int) -> Path:
-    """A new, empty ``<run>.partial`` folder; what an interrupted attempt left there is removed."""
+    """A new, empty ``<run>.partial`` folder; what an interrupted attempt left there is removed.
+
+    Raises RuntimeError as `refuse_beside_make` does.
+    """
+    refuse_beside_make(root)
     folder = run_folder(root, run, seed)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

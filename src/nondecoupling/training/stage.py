@@ -55,10 +55,12 @@ class Stage(NamedTuple):
 def prepare_stage(study: Study, name: str, seed: int, expected: str) -> Stage:
     """Load corpus, tokenizer and the parent's policy for one run of the plan, or a new reward model.
 
-    Raises ValueError if the run is not of the ``expected`` stage, FileNotFoundError if its parent has not been run.
+    Raises ValueError if the run is not of the ``expected`` stage, FileNotFoundError if its parent has not been run,
+    RuntimeError where make makes the study and this is run by hand.
     """
     models.prepare_libraries()
     started, root, run = provenance.now(), folders.study_folder(study), study.run(name)
+    folders.refuse_beside_make(root)
     settings = study.settings_of(run)
     if run.stage != expected:
         raise ValueError(f"Run '{name}' is a stage '{run.stage}', not '{expected}'; use the notebook of that stage.")

@@ -33,7 +33,7 @@ from nondecoupling.workflow.graph import (
 )
 from nondecoupling.workflow.notebooks import forget, quiet_environment
 
-RULES, LOCK = "plan.mk", ".lock"
+RULES = "plan.mk"
 FINISHED = re.compile(r" · \d+:\d\d$")  # the line of a finished notebook
 
 
@@ -126,17 +126,11 @@ def make_study(
 
 @contextmanager
 def alone(root: Path) -> Iterator[None]:
-    """Be the only one who makes the study in ``root``; RuntimeError that names who does, if somebody else does already.
-
-    The lock is the operating system's, and ends with the process that holds it, however that ends.
-    """
+    """Be the only one who makes the study in ``root``; RuntimeError that names who does, if somebody does already."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / LOCK).open("a+", encoding="utf-8") as lock:
+    with (root / folders.LOCK).open("a+", encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise RuntimeError(f"{root} is being made by {lock.read()}; wait for it, or stop it.") from None
+            folders.take(lock, fcntl.LOCK_EX)
         except OSError as error:
             print(f"{root} cannot be locked ({error.strerror}): see to it that nobody else makes this study")
         lock.truncate(0)
