@@ -89,6 +89,27 @@ def test_a_good_command_reaches_the_notebook_with_its_parameters(results, calls,
     assert capsys.readouterr().out.startswith("seed 3 · sft-rl · 0:0")
 
 
+@pytest.mark.parametrize(("edits", "executed"), [([1], 0), ([0, 1], 1), ([0, 0], 1)], ids=["before", "while", "never"])
+def test_no_result_is_of_code_that_was_edited_while_the_study_was_made(
+    results, calls, capsys, monkeypatch, edits, executed
+):
+    """Which would be taken for today's as soon as the edit is taken back."""
+    study = load_study("nano")
+    root, parts = results / "nano", [graph.run_part(study, "sft", 3)]
+    graph.write_settings(study, parts, [3])
+    hashes, looks = notebooks.code_hashes, iter(edits)
+
+    def code_hashes(notebook):
+        return hashes(notebook) | ({"training/sft.py": "edited"} if next(looks) else {})
+
+    monkeypatch.setattr(notebooks, "code_hashes", code_hashes)
+    assert main(["run", "--run", "sft", "--seed", "3"]) == int(any(edits))
+    assert len(calls) == executed
+    assert folders.is_complete(root / "seed3" / "sft") == (not any(edits))
+    said = "error: training/sft.py changed while the study was made; make begins with what is there now\n"
+    assert capsys.readouterr().err == (said if any(edits) else "")
+
+
 def test_a_failing_notebook_leaves_its_traceback_and_no_result(results, tmp_path, capsys, monkeypatch, warm_server):
     for name, address in warm_server.items():
         monkeypatch.setenv(name, address)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nondecoupling.study import folders
-from nondecoupling.study.fingerprint import NOTEBOOKS, kind_of, notebook_of
+from nondecoupling.study.fingerprint import NOTEBOOKS, code_hashes, kind_of, notebook_of
 from nondecoupling.study.plan import DRAWS, SUMMARIES
 from nondecoupling.study.study import Study, nearest
 from nondecoupling.workflow.graph import Part
@@ -50,13 +50,29 @@ def parameters_of(part: Part, options: dict[str, Any]) -> dict[str, Any]:
     return options | run | ({} if part.seed is None else {"seed": part.seed})
 
 
+def require_same_code(root: Path, part: Part, notebook: Path) -> None:
+    """RuntimeError where the code that makes ``part`` is no more what it was when make looked what is out of date.
+
+    What was made of other code would pass for a result of today's as soon as an edit is taken back.
+    """
+    if (root / part.settings).exists():
+        known, now = folders.read_json(root / part.settings)["code"], code_hashes(notebook)
+        changed = [name for name, found in sorted(now.items()) if known.get(name) != found]
+        if changed:
+            raise RuntimeError(
+                f"{', '.join(changed)} changed while the study was made; make begins with what is there now"
+            )
+
+
 def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
     """Execute the notebook that makes ``part`` with ``options``, publish both, and return the file that now exists.
 
-    Raises ValueError before a kernel starts for bad parameters, RuntimeError naming the kept notebook if a cell fails.
+    Raises ValueError before a kernel starts for bad parameters, RuntimeError naming the kept notebook if a cell fails,
+    and where code is edited meanwhile.
     """
     root, notebook = folders.study_folder(study), notebook_of(kind_of(study, part.name))
     parameters = parameters_of(part, options)
+    require_same_code(root, part, notebook)
     # Without it papermill's validator starts two seconds sooner, and no field of a notebook is an IRI to be checked.
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     check_parameters(notebook, parameters)
@@ -95,6 +111,7 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
     finally:
         del os.environ[folders.EXECUTED]
     failed.unlink(missing_ok=True)
+    require_same_code(root, part, notebook)
     for path, when in drawn.items():  # there was nothing to draw this time
         if path.stat().st_mtime_ns == when:
             path.unlink()
