@@ -215,6 +215,18 @@ def test_the_report_says_which_commands_made_it(finished, tmp_path):
     assert report.made_by(real)[0].endswith(f"SEEDS=0-{results.seeds[-1]} DATA=folder")
 
 
+def test_a_study_of_several_versions_says_so(finished):
+    """Of a library that was renewed between two makes."""
+    provenance = finished("four").provenance
+    [alike] = report.software_of(provenance)
+    assert alike.startswith("Python 3.")
+    renewed = provenance["shared"]["packages"] | {"trl": "99.0"}
+    runs = provenance["runs"] | {"seed0/rl": provenance["runs"]["seed0/rl"] | {"packages": renewed}}
+    first, second = report.software_of(provenance | {"runs": runs})
+    assert first == alike
+    assert second == alike.replace(f"trl {provenance['shared']['packages']['trl']}", "trl 99.0")
+
+
 def test_costs_say_how_long_each_run_took_and_whose_it_is():
     costs = costs_of({"data": 9, "base": 90, "sft": 86400}, [3]).assign(
         steps=[float("nan"), 400, 250], peak_memory_bytes=[float("nan"), 2**29, 2**30], commit="0123456789+"

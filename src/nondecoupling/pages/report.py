@@ -30,7 +30,7 @@ from nondecoupling.analysis.tables import (
 )
 from nondecoupling.analysis.verdicts import answer_sentences, remarks, rows_of
 from nondecoupling.study import folders
-from nondecoupling.study.contracts import ClaimRow, TheoryFile
+from nondecoupling.study.contracts import ClaimRow, ProvenanceFile, TheoryFile
 from nondecoupling.study.fingerprint import NOTEBOOK_OF, NOTEBOOKS
 from nondecoupling.study.plan import MAKES, NAMES, STATES, SUMMARIES
 from nondecoupling.study.profile import Data
@@ -141,6 +141,14 @@ def agreement_sentence(results: Results) -> str | None:
     return agreement.verdict_sentence(table, len(results.seeds), len(reference.seeds))
 
 
+def software_of(provenance: ProvenanceFile) -> list[str]:
+    """The versions that runs were made with, those of most runs first."""
+    shared = provenance["shared"]
+    made_with = [shared, *(shared | entry for entry in provenance["runs"].values())]
+    versions = ({"Python": entry["python"]} | entry["packages"] for entry in made_with)
+    return list(dict.fromkeys(", ".join(f"{name} {version}" for name, version in of.items()) for of in versions))
+
+
 def content_of(results: Results) -> dict[str, Any]:
     """What the template shows of the results of a study, whose claims and theory are finished."""
     rows: list[ClaimRow] = results.read("claims.json")
@@ -190,6 +198,7 @@ def content_of(results: Results) -> dict[str, Any]:
         "costs": cost_table(results.costs),
         "finished": results.costs["finished"].max(),
         "shared": shared,
+        "software": software_of(results.provenance),
         "settings": yaml.safe_dump(results.provenance["parameters"], sort_keys=False, allow_unicode=True),
     }
 
