@@ -139,8 +139,8 @@ OTHER = ATEN_CPU_CAPABILITY=default
 # Two commands side by side, which fail if one does.
 both = $(1) & first=$$!; $(2); second=$$?; wait $$first && exit $$second
 
-test: lint ## lint, unit tests, every notebook checked: 9 min
-	$(call both,$(PYTHON) -m pytest -q -n 2 --dist loadfile,$(NBVAL) $(STAGES) && $(NBVAL) $(READERS) && $(OTHER) $(NBVAL) $(wildcard notebooks/0[1-4]_*) && $(OTHER) $(PYTHON) -m pytest -q tests/test_training.py tests/test_rl.py)
+test: $(READY) ## lint, unit tests, every notebook checked: 9 min
+	$(call both,$(PYTHON) -m pytest -q -n 2 --dist loadfile,make --no-print-directory lint && $(NBVAL) $(STAGES) && $(NBVAL) $(READERS) && $(OTHER) $(NBVAL) $(wildcard notebooks/0[1-4]_*) && $(OTHER) $(PYTHON) -m pytest -q tests/test_training.py tests/test_rl.py)
 
 lint: $(READY) ## maintainers: ruff and mypy
 	$(PYTHON) -m ruff check src tests
