@@ -182,11 +182,7 @@ def run_trainer(
         return last[0]["dev"]
 
     def begin(start: dict[str, float]) -> None:
-        if not start.get("kl_to_parent", 0.0) < tolerance:
-            raise RuntimeError(
-                f"Run '{stage.run.name}' does not start where '{stage.run.parent}' ended: their KL on dev is "
-                f"{start['kl_to_parent']:.1g} nats. The model in {stage.base} is not the one that was trained before."
-            )
+        require_parents_end(stage, start, tolerance)
         check_start(start)
 
     callback = StageCallback(
@@ -211,8 +207,27 @@ def run_trainer(
             f"Run '{stage.run.name}' took {trainer.state.global_step} of its {steps} steps: there are too few sentences"
             f" for a step; lower the batch (sft.batch_size, rl.prompts_per_step) or give more."
         )
+    log = pd.DataFrame(callback.log)
+    training = cost_of(stage, callback, steps, samples)
+    if "frac_reward_zero_std" in log:
+        training["silent_group_share"] = round(float(log["frac_reward_zero_std"].mean()), 4)
+    known: Measured = last if settings.evaluation.along_size is None else ({}, {})
+    return Outcome(pd.DataFrame(callback.rows), log, training, measure, known)
+
+
+def require_parents_end(stage: Stage, start: dict[str, float], tolerance: float) -> None:
+    """RuntimeError where a stage's first metrics, ``start``, are not those of the policy that its parent ended with."""
+    if not start.get("kl_to_parent", 0.0) < tolerance:
+        raise RuntimeError(
+            f"Run '{stage.run.name}' does not start where '{stage.run.parent}' ended: their KL on dev is "
+            f"{start['kl_to_parent']:.1g} nats. The model in {stage.base} is not the one that was trained before."
+        )
+
+
+def cost_of(stage: Stage, callback: StageCallback, steps: int, samples: int) -> dict[str, Any]:
+    """What training cost: steps, seconds (measurements among them, and apart), answers a second, bytes, parameters."""
     seconds, (trained, total) = callback.seconds(), models.count_parameters(stage.policy)
-    training = {
+    return {
         "steps": steps,
         "wall_seconds": round(seconds, 2),
         "evaluation_seconds": round(callback.measuring, 2),
@@ -221,11 +236,6 @@ def run_trainer(
         "trained_parameters": trained,
         "parameters": total,
     }
-    log = pd.DataFrame(callback.log)
-    if "frac_reward_zero_std" in log:
-        training["silent_group_share"] = round(float(log["frac_reward_zero_std"].mean()), 4)
-    known: Measured = last if settings.evaluation.along_size is None else ({}, {})
-    return Outcome(pd.DataFrame(callback.rows), log, training, measure, known)
 
 
 def policy_measure(stage: Stage) -> Measure:
