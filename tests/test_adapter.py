@@ -72,3 +72,11 @@ def test_bfloat16_loses_steps_of_less_than_a_512th_of_a_weight():
     for sign in (1, -1):
         assert ((weights * (1 + sign / 513)).bfloat16() == weights.bfloat16()).all()
         assert not ((weights * (1 + sign / 250)).bfloat16() == weights.bfloat16()).any()
+
+
+def test_half_precision_loses_small_steps():
+    """What docs/real-models.md says of bfloat16 weights, for all that there are between two powers of two."""
+    weights = torch.arange(128, 257).div(128).bfloat16()
+    for side in (1, -1):
+        assert torch.equal((weights.double() * (1 + side * 0.999 / 512)).bfloat16(), weights)
+        assert not torch.equal((weights.double() * (1 + side * 1.01 / 256)).bfloat16(), weights)

@@ -156,3 +156,16 @@ def test_the_documents_show_what_was_measured():
     assert shown.strip() == markdown_table(bench.bench_table(bench.committed_machines()))
     parts = text.partition(bench.BEGIN_PARTS)[2].partition(bench.END_PARTS)[0]
     assert parts.strip() == bench.parts_text(bench.committed_machines())
+
+
+def test_docs_say_how_many_rounds_were_run():
+    """Of more than one round there is a spread."""
+    text = " ".join((folders.REPOSITORY / "docs" / "paper-setting.md").read_text(encoding="utf-8").split())
+    assert "On the EPYC three rounds were run, on the Xeon one." in text
+    assert "On the real model one round was run" in text
+    for content in bench.committed_machines().values():
+        several = "EPYC" in content["machine"]
+        for entry in content["profiles"].values():
+            assert {bool(took["spread"]) for took in entry.get("parts", {}).values()} <= {several}
+            if not entry.get("parts"):
+                assert not any(cost.get("spread") for cost in entry["measured"].values())

@@ -45,6 +45,13 @@ class Part(NamedTuple):
         return f"settings/{self.name}.json"
 
     @property
+    def notebook(self) -> str | None:
+        """The executed notebook that make leaves beside the target; None of what no notebook makes."""
+        if self.name in (TABLES, REPORT):
+            return None
+        return f"{self.name}.ipynb" if self.name in SUMMARIES else f"{self.place}/{folders.NOTEBOOK}"
+
+    @property
     def words(self) -> str:
         """What the part is called in printed lines."""
         return self.name if self.seed is None else f"seed {self.seed} · {self.name}"
@@ -137,11 +144,11 @@ def run_by_hand(root: Path, parts: list[Part]) -> list[Part]:
     """
 
     def by_hand(part: Part) -> bool:
-        made, summary = root / part.target, part.name in SUMMARIES
-        notebook = made.with_name(f"{part.name}.ipynb" if summary else folders.NOTEBOOK)
-        if not made.exists() or not (summary or made.name == folders.METRICS):
+        if part.notebook is None or not (root / part.target).exists():
             return False
-        return not notebook.exists() or (summary and notebook.stat().st_mtime_ns < made.stat().st_mtime_ns)
+        made, notebook = root / part.target, root / part.notebook
+        older = part.name in SUMMARIES and notebook.exists() and notebook.stat().st_mtime_ns < made.stat().st_mtime_ns
+        return older or not notebook.exists()
 
     return list(filter(by_hand, parts))
 
@@ -159,11 +166,15 @@ def beside_other_parents(study: Study, root: Path, parts: list[Part]) -> list[Pa
     ]
 
 
-def write_settings(study: Study, parts: list[Part], seeds: list[int]) -> None:
-    """Write each part's settings file where that changes what it says; age what make would make otherwise.
+def made_otherwise(study: Study, root: Path, parts: list[Part]) -> list[Part]:
+    """What make would make otherwise than it is: runs beside another parent than theirs, and what was run by hand."""
+    return [*beside_other_parents(study, root, parts), *run_by_hand(root, parts)]
 
-    Those are runs beside another parent than theirs, and what was run by hand. What the study reads from folders of
-    the user's is written down, too.
+
+def write_settings(study: Study, parts: list[Part], seeds: list[int]) -> None:
+    """Write each part's settings file where that changes what it says; age what is `made_otherwise`.
+
+    What the study reads from folders of the user's is written down, too.
     """
     root, settings = folders.study_folder(study), settings_of_parts(study, parts, seeds)
     (root / "settings").mkdir(parents=True, exist_ok=True)
@@ -174,7 +185,7 @@ def write_settings(study: Study, parts: list[Part], seeds: list[int]) -> None:
         if part.name in renewed:
             folders.write_json(root / part.settings, settings[part.name])
             renewed.remove(part.name)  # one file serves all seeds
-    for part in [*beside_other_parents(study, root, parts), *run_by_hand(root, parts)]:
+    for part in made_otherwise(study, root, parts):
         os.utime(root / part.target, (0, 0))  # older than anything, so that make makes it again
 
 
@@ -224,8 +235,8 @@ def runs_in(study: Study, seeds: list[int], groups: Collection[str]) -> list[Run
     """The runs of some groups of the plan, and of the others those that make has finished for all ``seeds``."""
     root, found = folders.study_folder(study), {run.name for run in study.runs_of(*groups)}
     for run in study.runs:
-        places = [folders.run_folder(root, run, seed) for seed in seeds]
-        finished = all(folders.is_complete(place) and (place / folders.NOTEBOOK).exists() for place in places)
+        parts = [run_part(study, run.name, seed) for seed in seeds]
+        finished = all(folders.is_complete(root / part.place) for part in parts) and not run_by_hand(root, parts)
         if run.name not in found and found.issuperset(run.parents) and finished:
             found.add(run.name)
     return [run for run in study.runs if run.name in found]
@@ -247,7 +258,7 @@ def status_lines(study: Study, seeds: list[int]) -> list[str]:
     root = folders.study_folder(study)
     parts = [run_part(study, run.name, seed) for run in study.runs for seed in (seeds[:1] if run.once else seeds)]
     renewed = renewed_settings(root, parts, settings_of_parts(study, parts, seeds))
-    others = [*beside_other_parents(study, root, parts), *run_by_hand(root, parts)]
+    others = made_otherwise(study, root, parts)
     stale = {part.target for part in [*others, *stale_parts(root, parts, renewed)]}
     width = max(len(run.name) for run in study.runs)
     heads = [str(seed).rjust(len(str(seeds[-1]))) for seed in seeds]  # a digit a line, so that many seeds fit

@@ -116,7 +116,7 @@ def execute(study: Study, part: Part, options: dict[str, Any]) -> Path:
         if path.stat().st_mtime_ns == when:
             path.unlink()
     if part.name in SUMMARIES:
-        os.replace(working, root / f"{part.name}.ipynb")
+        os.replace(working, root / str(part.notebook))
     else:
         folders.publish(partial, working)
     return root / part.target
