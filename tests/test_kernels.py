@@ -200,8 +200,13 @@ def test_a_client_ends_as_its_kernel_does(server, how, status):
         assert end(kernel)
 
 
-def test_a_client_that_is_killed_before_its_kernel_has_begun_takes_nobody_along(server):
-    request = {"arguments": ["-f", os.devnull], "folder": os.getcwd(), "environment": dict(os.environ)}
+def test_a_client_that_is_killed_before_its_kernel_has_begun_takes_nobody_along(server, tmp_path):
+    # A kernel that gets as far as that replaces its connection file, whatever it is, and removes it at its end.
+    request = {
+        "arguments": ["-f", str(tmp_path / "kernel.json")],
+        "folder": os.getcwd(),
+        "environment": dict(os.environ),
+    }
     for _ in range(3):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
             client.connect(os.environ[kernels.ADDRESS])
